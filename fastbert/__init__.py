@@ -1,0 +1,52 @@
+"""BERT made fast without changing it: packed tokens, fused kernels, the same numbers.
+
+Everything is imported when it is first used, so that `fastbert --help` waits for nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastbert.config import BertConfig
+    from fastbert.convert import convert
+    from fastbert.embed import Embedder
+    from fastbert.model import BertModel, BertPreTrainedModel
+    from fastbert.packing import PackedBatch, pack, unpack
+    from fastbert.tokenizer import BertTokenizer
+
+_MODULES = {
+    "BertConfig": "config",
+    "BertModel": "model",
+    "BertPreTrainedModel": "model",
+    "BertTokenizer": "tokenizer",
+    "Embedder": "embed",
+    "PackedBatch": "packing",
+    "convert": "convert",
+    "pack": "packing",
+    "unpack": "packing",
+}
+__all__ = [
+    "BertConfig",
+    "BertModel",
+    "BertPreTrainedModel",
+    "BertTokenizer",
+    "Embedder",
+    "PackedBatch",
+    "convert",
+    "pack",
+    "unpack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
+    value = getattr(import_module(f"fastbert.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

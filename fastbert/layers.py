@@ -1,0 +1,199 @@
+"""The parts of BERT on packed tokens, named and nested as in transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastbert.config import BertConfig
+from fastbert.inference import LayerPlan, can_plan
+from fastbert.kernels.attention import attention, attention_weights_ref
+from fastbert.kernels.embeddings import embed
+from fastbert.kernels.layer_norm import layer_norm
+from fastbert.kernels.linear import ACTIVATIONS
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm of dropout(x) + residual."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, residual, dropout_p, self.eps)
+
+
+class Dropout(nn.Dropout):
+    """Its rate, for the operation that drops: 0.0 outside training."""
+
+    @property
+    def rate(self) -> float:
+        return self.p if self.training else 0.0
+
+
+class BertEmbeddings(nn.Module):
+    """Word, token type and position embeddings of packed tokens: to (n_tokens, hidden)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor,
+        position_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Ids (n_tokens,); inputs_embeds (n_tokens, hidden) in place of input_ids."""
+        if inputs_embeds is not None:
+            x = inputs_embeds + self.token_type_embeddings(token_type_ids)
+            x = self.LayerNorm(x + self.position_embeddings(position_ids))
+            return self.dropout(x)
+        assert input_ids is not None
+        return embed(
+            input_ids, token_type_ids, position_ids,
+            self.word_embeddings.weight, self.token_type_embeddings.weight,
+            self.position_embeddings.weight, self.LayerNorm.weight, self.LayerNorm.bias,
+            self.dropout.rate, self.LayerNorm.eps, self.word_embeddings.padding_idx,
+        )  # fmt: skip
+
+
+class BertSelfAttention(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.num_attention_heads = config.num_attention_heads
+        self.attention_head_size = config.hidden_size // config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: list[Tensor] | None = None
+    ) -> Tensor:
+        """(n_tokens, hidden) to the same. A list given as `weights` gets the attention weights."""
+        heads = (self.num_attention_heads, self.attention_head_size)
+        q, k, v = (f(x).unflatten(-1, heads) for f in (self.query, self.key, self.value))
+        if weights is not None:
+            weights.append(attention_weights_ref(q, k, cu_seqlens, max_seqlen))
+        out = attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=self.dropout.rate)
+        return out.flatten(1)
+
+
+class _Output(nn.Module):
+    """A projection back into the residual stream: layer norm of dropout(dense(x)) + residual."""
+
+    def __init__(self, in_features: int, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dense(x), residual, self.dropout.rate)
+
+
+class BertSelfOutput(_Output):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config.hidden_size, config)
+
+
+class BertOutput(_Output):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config.intermediate_size, config)
+
+
+class BertAttention(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertSelfOutput(config)
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: list[Tensor] | None = None
+    ) -> Tensor:
+        return self.output(self.self(x, cu_seqlens, max_seqlen, weights), x)
+
+
+class BertIntermediate(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = config.hidden_act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](self.dense(x))
+
+
+class BertLayer(nn.Module):
+    """One post-norm BERT layer on packed tokens: (n_tokens, hidden) to the same."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config)
+        self._plan: LayerPlan | None = None
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: list[Tensor] | None = None
+    ) -> Tensor:
+        if weights is None and can_plan(self, x):
+            if self._plan is None or not self._plan.holds(self):
+                self._plan = LayerPlan.of(self)
+            if self._plan is not None:
+                return self._plan(x, cu_seqlens, max_seqlen)
+        x = self.attention(x, cu_seqlens, max_seqlen, weights)
+        return self.output(self.intermediate(x), x)
+
+    def train(self, mode: bool = True) -> BertLayer:
+        self._plan = None  # also for those who write weights where versions do not show it (.data)
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}  # not copied, not pickled: made again when needed
+
+
+class BertEncoder(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        hidden_states: list[Tensor] | None = None,
+        weights: list[Tensor] | None = None,
+    ) -> Tensor:
+        """(n_tokens, hidden) to the same. Lists that are given get the states and the weights."""
+        for layer in self.layer:
+            if hidden_states is not None:
+                hidden_states.append(x)
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cu_seqlens, max_seqlen, weights, use_reentrant=False)
+            else:
+                x = layer(x, cu_seqlens, max_seqlen, weights)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        return x
+
+
+class BertPooler(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = nn.Tanh()
+
+    def forward(self, first: Tensor) -> Tensor:
+        """first: (n_seqs, hidden), the vectors of the sequences' first tokens."""
+        return self.activation(self.dense(first))

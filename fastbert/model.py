@@ -1,0 +1,251 @@
+"""BertModel: padded or packed token ids in, token vectors out, no work on padding between."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.config import BertConfig
+from fastbert.files import find_checkpoint
+from fastbert.inputs import EncoderInputs
+from fastbert.layers import BertEmbeddings, BertEncoder, BertPooler
+from fastbert.outputs import BaseModelOutputWithPooling
+from fastbert.packing import PackedBatch
+from fastbert.weights import HEADS, WEIGHTS_NAME, match_tensors, read_tensors, write_tensors
+
+
+class BertPreTrainedModel(nn.Module):
+    """Loading, saving and first weights, alike for every model here."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        config: BertConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
+        output_loading_info: bool = False,
+        **model_arguments: Any,
+    ) -> Any:
+        """A model with the weights of a folder or of a model on the Hugging Face hub, in eval mode.
+
+        Reads transformers' folders (safetensors or pytorch_model.bin, in shards or whole, with or
+        without a head) and google-research/bert's TensorFlow-1 ones. config: in place of the
+        folder's. dtype: as stored when None. model_arguments: `add_pooling_layer=False`.
+        output_loading_info: returns (model, {"missing_keys": [...], "unexpected_keys": [...]}).
+
+        A pooler that is not in the file gets fresh weights, and a warning says so. Raises
+        FileNotFoundError where config or weights are not found, and ValueError that names every
+        other tensor that is missing, unexpected or of another shape.
+        """
+        checkpoint = find_checkpoint(name_or_path)
+        config = config or BertConfig.from_file(checkpoint.config_file)
+        if isinstance(dtype, str):
+            dtype = _dtype(dtype)
+        with torch.device("meta"):
+            model = cls(config, **model_arguments)
+        missing, unused = model._load(read_tensors(checkpoint), str(checkpoint.folder))
+        model.to(device=device, dtype=dtype).eval()
+        info = {"missing_keys": missing, "unexpected_keys": unused}
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors, each whole or not at all, for transformers too."""
+        self.config.replace(
+            extra={
+                **self.config.extra,
+                "architectures": [type(self).__name__],
+                "dtype": str(self.dtype).removeprefix("torch."),
+            }
+        ).save_pretrained(folder)
+        write_tensors(self.state_dict(), Path(folder) / WEIGHTS_NAME)
+
+    def _load(self, tensors: dict[str, Tensor], source: str) -> tuple[list[str], list[str]]:
+        raise NotImplementedError
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """BERT's first weights: normal, `initializer_range` wide; zero biases; unit layer norms."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        if isinstance(module, (nn.Linear, nn.LayerNorm)):
+            nn.init.zeros_(module.bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+
+class BertModel(BertPreTrainedModel):
+    """The encoder (Devlin et al. 2019); names, results and weights are transformers' BertModel's.
+
+    config: refused with ValueError when `is_decoder`. add_pooling_layer: False leaves out the dense
+    layer on the first token, and `pooler_output` is None.
+    """
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        if config.is_decoder:
+            raise ValueError("BertModel is an encoder: is_decoder must be False, got True")
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.apply(self._init_weights)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep only each layer's input in training and compute the rest again in the backward."""
+        self.encoder.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.encoder.gradient_checkpointing = False
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """Encode a batch.
+
+        input_ids: (n_seqs, length) int64 or int32, or a PackedBatch, which holds all the rest.
+        attention_mask: (n_seqs, length), zero at padding, all ones when None. token_type_ids: as
+        input_ids, zeros when None. position_ids: (n_seqs, length) or (1, length), column numbers
+        when None. inputs_embeds: (n_seqs, length, hidden) in place of input_ids.
+        output_hidden_states, output_attentions, return_dict: as the configuration says when None.
+
+        Returns last_hidden_state and pooler_output as BaseModelOutputWithPooling describes, zeros
+        at padding; a tuple with return_dict=False. The pooler reads a sequence's first real token.
+        Other keyword arguments are taken and not read, as in transformers. Raises ValueError on ids
+        outside the vocabulary (on a CPU, where looking is free), too long sequences, and shapes
+        that do not fit.
+        """
+        refused = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            "past_key_values": past_key_values,
+            "cu_seq_lens_q": kwargs.get("cu_seq_lens_q"),
+        }
+        for name, value in refused.items():
+            if value is not None:
+                wanted = "a PackedBatch" if name == "cu_seq_lens_q" else "None, as it is an encoder"
+                raise ValueError(f"BertModel wants {wanted} in place of {name}")
+        if isinstance(input_ids, PackedBatch):
+            given = (attention_mask, token_type_ids, position_ids, inputs_embeds)
+            if any(x is not None for x in given):
+                raise ValueError(
+                    "a PackedBatch holds ids, types, positions: give nothing beside it"
+                )
+            inputs = EncoderInputs.of_packed(input_ids)
+        else:
+            inputs = EncoderInputs.of_padded(
+                input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+            )
+        self._check_range(inputs)
+
+        config = self.config
+        want_states = _or(output_hidden_states, config.output_hidden_states)
+        want_weights = _or(output_attentions, config.output_attentions)
+        states: list[Tensor] | None = [] if want_states else None
+        weights: list[Tensor] | None = [] if want_weights else None
+        if states is None and weights is None:
+            inputs = inputs.by_length()
+        x = self.embeddings(
+            inputs.input_ids, inputs.token_type_ids, inputs.position_ids, inputs.inputs_embeds
+        )
+        x = self.encoder(x, inputs.cu_seqlens, inputs.max_seqlen, states, weights)
+
+        pooled = self.pooler(inputs.first_tokens(x)) if self.pooler is not None else None
+        out = BaseModelOutputWithPooling(
+            inputs.restore(x),
+            pooled,
+            None if states is None else tuple(map(inputs.restore, states)),
+            None if weights is None else tuple(map(inputs.restore_weights, weights)),
+        )
+        return out if _or(return_dict, config.return_dict) else out.to_tuple()
+
+    def _check_range(self, inputs: EncoderInputs) -> None:
+        config = self.config
+        limits = (
+            ("input_ids", inputs.input_ids, config.vocab_size, "vocab_size"),
+            ("token_type_ids", inputs.token_type_ids, config.type_vocab_size, "type_vocab_size"),
+            (
+                "position_ids",
+                inputs.position_ids,
+                config.max_position_embeddings,
+                "max_position_embeddings",
+            ),
+        )
+        for name, ids, size, limit in limits:
+            if ids is None or ids.device.type != "cpu" or not ids.numel():
+                continue
+            if torch.compiler.is_compiling():
+                return
+            low, high = (int(x) for x in ids.aminmax())
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"{name} must be from 0 to {size - 1} ({limit} is {size}), "
+                    f"got {low if low < 0 else high}"
+                )
+
+    def _load(self, tensors: dict[str, Tensor], source: str) -> tuple[list[str], list[str]]:
+        wanted = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        may_have = HEADS if self.pooler is not None else (*HEADS, "pooler.")
+        chosen, missing, unused = match_tensors(tensors, wanted, ("pooler.",), may_have)
+        self.load_state_dict(chosen, strict=False, assign=True)
+        if missing and self.pooler is not None:
+            self.pooler.to_empty(device="cpu").apply(self._init_weights)
+            warnings.warn(
+                f"{source} has no {', '.join(missing)}: initialised afresh, so pooler_output means "
+                "nothing before training (add_pooling_layer=False leaves it out)",
+                stacklevel=3,
+            )
+        return missing, unused
+
+
+def _or(given: bool | None, default: bool) -> bool:
+    return default if given is None else given
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must name a floating dtype such as 'float32', got {name!r}")
+    return dtype

@@ -1,0 +1,1 @@
+"""The operations of BERT, one a file: plain functions on tensors, each with a reference."""
