@@ -60,7 +60,7 @@ class BertPreTrainedModel(nn.Module):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors, each whole or not at all, for transformers too."""
+        """Write config.json and model.safetensors, each whole or not at all."""
         self.config.replace(
             extra={
                 **self.config.extra,

@@ -30,16 +30,13 @@ def layer_norm(
     """Normalise each row of dropout(x), or of dropout(x) + residual.
 
     x, residual: (n_tokens, hidden). weight, bias: (hidden,). dropout_p: share of `x` set to zero,
-    0.0 outside training. The result has the shape and dtype of `x`.
+    0.0 outside training. The result has the shape of `x` and the dtype of the sum.
     """
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         raise ValueError(
             f"weight and bias must have shape ({x.shape[-1]},), "
             f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
-    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        raise ValueError(
-            f"residual must be as x, {tuple(x.shape)} {x.dtype}, "
-            f"got {tuple(residual.shape)} {residual.dtype}"
-        )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must be {tuple(x.shape)} as x, got {tuple(residual.shape)}")
     return layer_norm_ref(x, weight, bias, residual, dropout_p, eps)

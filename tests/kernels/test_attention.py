@@ -1,0 +1,99 @@
+import pytest
+import torch
+from accuracy import assert_as_accurate
+
+from fastbert.kernels.attention import attention, attention_weights_ref
+
+# Out of order, equal neighbours, a length of one, an empty sequence.
+LENGTHS = [7, 3, 3, 1, 0, 12, 40]
+
+
+def cu(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def naive(q, k, v, cu_seqlens, causal, scale):
+    """The formula, a sequence at a time."""
+    out = []
+    for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", q[start:stop], k[start:stop]) * scale
+        if causal:
+            hidden = torch.ones_like(scores, dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[start:stop]))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal, scale", [(False, None), (True, None), (False, 0.5)])
+def test_matches_the_formula(dtype, causal, scale):
+    cu_seqlens = cu(LENGTHS)
+    qkv = torch.randn(sum(LENGTHS), 3, 4, 24, dtype=dtype)
+    args = (cu_seqlens, causal, scale or 24**-0.5)
+    out = attention(qkv, cu_seqlens, max(LENGTHS), causal=causal, softmax_scale=scale)
+    assert_as_accurate(out, naive(*qkv.unbind(1), *args), naive(*qkv.double().unbind(1), *args))
+
+
+def test_three_tensors_are_the_one_tensor():
+    qkv = torch.randn(sum(LENGTHS), 3, 4, 24)
+    cu_seqlens = cu(LENGTHS)
+    one = attention(qkv, cu_seqlens, 40)
+    assert torch.equal(one, attention(*qkv.unbind(1), cu_seqlens, 40))
+
+
+def test_gradients_match_the_formula():
+    qkv = torch.randn(sum(LENGTHS), 3, 2, 16, dtype=torch.float64, requires_grad=True)
+    cu_seqlens, weights = cu(LENGTHS), torch.randn(sum(LENGTHS), 2, 16, dtype=torch.float64)
+    (out,) = torch.autograd.grad((attention(qkv, cu_seqlens, 40) * weights).sum(), qkv)
+    plain = naive(*qkv.unbind(1), cu_seqlens, False, 0.25)
+    (wanted,) = torch.autograd.grad((plain * weights).sum(), qkv)
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_sequences_do_not_see_each_other():
+    qkv = torch.randn(sum(LENGTHS), 3, 4, 32)
+    cu_seqlens = cu(LENGTHS)
+    before = attention(qkv, cu_seqlens, 40)
+    qkv[:7] = torch.randn(7, 3, 4, 32)  # the first sequence
+    after = attention(qkv, cu_seqlens, 40)
+    assert torch.equal(before[7:], after[7:])
+    assert not torch.equal(before[:7], after[:7])
+
+
+def test_no_tokens():
+    assert attention(torch.randn(0, 3, 4, 32), cu([]), 0).shape == (0, 4, 32)
+    assert attention(torch.randn(0, 3, 4, 32), cu([0, 0]), 0).shape == (0, 4, 32)
+
+
+def test_dropout_drops():
+    qkv = torch.randn(64, 3, 2, 16)
+    qkv[:, 2] = 1.0  # values of one: the output is the sum of the kept weights
+    out = attention(qkv, cu([64]), 64, dropout_p=0.25)
+    assert 0.9 < out.mean() < 1.1 and out.std() > 0.01
+
+
+def test_weights_are_those_that_are_applied():
+    q, k, v = torch.randn(sum(LENGTHS), 3, 2, 16).unbind(1)
+    cu_seqlens = cu(LENGTHS)
+    weights = attention_weights_ref(q, k, cu_seqlens, 40)
+    assert weights.shape == (len(LENGTHS), 2, 40, 40)
+    padded = torch.zeros(len(LENGTHS), 40, 2, 16)
+    for i, (start, n) in enumerate(zip(cu_seqlens.tolist(), LENGTHS, strict=False)):
+        padded[i, :n] = v[start : start + n]
+    out = torch.einsum("nhqk,nkhd->nqhd", weights, padded)
+    wanted = attention(q, k, v, cu_seqlens, 40)
+    torch.testing.assert_close(torch.cat([out[i, :n] for i, n in enumerate(LENGTHS)]), wanted)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda q: (q[:, :1].unsqueeze(1), cu([9]), 9), r"qkv must be \(n_tokens, 3, n_heads"),
+        (lambda q: (q, q[:5], q, cu([9]), 9), r"k must be as q, \(9, 2, 8\).*got \(5, 2, 8\)"),
+        (lambda q: (q, q, q.half(), cu([9]), 9), "v must be as q.*float32.*got.*float16"),
+        (lambda q: (q, q, q, cu([9]).long(), 9), "cu_seqlens must be.*int32.*got.*int64"),
+    ],
+)
+def test_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*change(torch.randn(9, 2, 8)))

@@ -1,0 +1,156 @@
+"""The prepacked plan is used where it may be, and never with weights or modules of yesterday."""
+
+import pytest
+import torch
+
+from fastbert import BertConfig, BertModel
+from fastbert.kernels.linear import can_prepack
+
+pytestmark = pytest.mark.skipif(not can_prepack(), reason="torch was built without oneDNN")
+
+
+@pytest.fixture
+def model():
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=16, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertModel(config).eval()
+
+
+IDS = torch.arange(1, 21).view(2, 10)
+
+
+def planned(model):
+    return model.encoder.layer[0]._plan is not None
+
+
+def plain(model):
+    """The answer of the modules one by one."""
+    with torch.enable_grad():
+        return model(IDS)[0].detach()
+
+
+def check(model, used=True):
+    with torch.no_grad():
+        out = model(IDS)[0]
+    assert planned(model) == used
+    torch.testing.assert_close(out, plain(model))
+    return out
+
+
+def test_used_without_gradients_only(model):
+    model(IDS)
+    assert not planned(model)
+    check(model)
+    with torch.inference_mode():
+        model(IDS)
+    assert planned(model)
+    model.train()
+    assert not planned(model)
+
+
+def change_in_place(model):
+    model.encoder.layer[0].attention.self.key.weight.mul_(1.5)
+
+
+def replace_parameter(model):
+    dense = model.encoder.layer[0].intermediate.dense
+    dense.weight = torch.nn.Parameter(dense.weight * 2)
+
+
+def replace_data(model):
+    dense = model.encoder.layer[0].output.dense
+    dense.weight.data = dense.weight.data * 2
+
+
+def load(model):
+    model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()})
+
+
+def change_norm(model):
+    model.encoder.layer[0].output.LayerNorm.bias.add_(1.0)
+
+
+def to_half_and_back(model):
+    model.bfloat16().float()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_in_place, replace_parameter, replace_data, load, change_norm, to_half_and_back],
+)
+def test_follows_every_change_of_weights(model, change):
+    before = check(model)
+    with torch.no_grad():
+        change(model)
+    after = check(model)
+    assert not torch.equal(before, after)
+
+
+def test_an_optimizer_step_is_seen(model):
+    before = check(model)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(IDS)[0].pow(2).sum().backward()
+    optimizer.step()
+    model.eval()
+    assert not torch.equal(before, check(model))
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_another_kind_of_module_runs_itself(model):
+    before = check(model)
+    attention = model.encoder.layer[0].attention.self
+    other = Doubled(32, 32)
+    other.load_state_dict(attention.value.state_dict())
+    attention.value = other
+    assert not torch.equal(before, check(model, used=False))
+
+
+def test_hooks_run(model):
+    before = check(model)
+    dense = model.encoder.layer[0].intermediate.dense
+    handle = dense.register_forward_hook(lambda module, args, out: out * 2)
+    assert not torch.equal(before, check(model, used=False))
+    handle.remove()
+    assert torch.equal(before, check(model))
+
+
+def test_a_hook_on_the_layer_itself_runs(model):
+    seen = []
+    model.encoder.layer[1].register_forward_hook(lambda module, args, out: seen.append(out))
+    check(model)
+    assert len(seen) == 2  # once planned, once plain
+
+
+def test_a_wrapped_forward_runs(model):
+    check(model)
+    dense = model.encoder.layer[0].output.dense
+    forward = dense.forward
+    dense.forward = lambda x: forward(x) + 1
+    check(model, used=False)
+
+
+def test_autocast_is_left_to_the_modules(model):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(IDS)
+    assert not planned(model)
+
+
+def test_weights_made_in_inference_mode_have_no_versions(model):
+    with torch.inference_mode():
+        made = BertModel(model.config).eval()
+        made(IDS)
+        assert not planned(made)
+
+
+def test_the_plan_is_not_in_the_state(model):
+    keys = set(model.state_dict())
+    check(model)
+    assert set(model.state_dict()) == keys
