@@ -15,7 +15,9 @@ except ImportError:  # --no-build-isolation without pybind11: torch carries its 
 
     include_dirs = [os.path.join(os.path.dirname(torch.__file__), "include")]
 
-flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra"]
+if os.environ.get("CI"):  # not for users: a newer compiler may warn of more
+    flags.append("-Werror")
 
 setup(
     ext_modules=[
