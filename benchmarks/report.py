@@ -1,4 +1,4 @@
-"""pytest-benchmark's JSON to a results file and a table: `python -P benchmarks/report.py RUN.json`."""
+"""pytest-benchmark's JSON to a results file and a table: `report.py RUN.json`."""
 
 import json
 import platform

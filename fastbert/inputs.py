@@ -98,7 +98,8 @@ class EncoderInputs:
         if self.cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
             return self
         lengths = self.cu_seqlens.diff()
-        if (lengths[1:] >= lengths[:-1]).all():
+        steps = lengths.diff()
+        if (steps >= 0).all() or (steps <= 0).all():
             return self
         order = torch.argsort(lengths, stable=True)
         lengths = lengths[order]

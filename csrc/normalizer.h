@@ -1,0 +1,41 @@
+// BertNormalizer: clean_text, handle_chinese_chars, strip_accents, lowercase, in that order.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace fastbert {
+
+struct Normalized {
+  std::string text;
+  // For each byte of `text` the character of the source that it stands for; empty if not asked for.
+  std::vector<uint32_t> source;
+};
+
+// Cleans text: removes control characters, makes white space a space, and, as the options say,
+// puts spaces around CJK characters, decomposes (NFD) and drops accents, lowercases.
+//
+//   "Ça\t日本" -> "ca  日  本 ", source 0 1 2 3 3 3 3 3 4 4 4 4 4
+class Normalizer {
+ public:
+  Normalizer(bool lowercase, bool strip_accents, bool chinese_chars);
+
+  // Replaces `out` by the normal form of `text` (valid UTF-8).
+  void normalize(std::string_view text, Normalized& out) const;
+
+  // The same, with `out.source`.
+  void normalize_aligned(std::string_view text, Normalized& out) const;
+
+ private:
+  template <bool kAligned>
+  class Run;
+
+  char ascii_[128];  // what becomes of an ASCII character: 0 if removed
+  bool strip_;
+  bool lower_;
+  uint8_t relevant_;  // CharFlags that these options act on; a character without them is copied
+};
+
+}  // namespace fastbert

@@ -1,0 +1,64 @@
+// UTF-8, and what HF tokenizers does with each code point (tables by generate_unicode_tables.py).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace fastbert {
+
+enum CharFlags : uint8_t {
+  kRemoved = 1,      // deleted by clean_text
+  kSpace = 2,        // made a space by clean_text
+  kCjk = 4,          // gets a space on both sides
+  kPunctuation = 8,  // a word of its own
+  kMark = 16,        // deleted by strip_accents
+  kDecomposes = 32,  // has a canonical decomposition
+  kLowers = 64,      // has another lowercase
+  kCombining = 128,  // has a canonical combining class other than 0
+};
+
+// A combination of CharFlags.
+uint8_t char_flags(char32_t c);
+
+// Canonical combining class: 0 unless kCombining.
+uint8_t combining_class(char32_t c);
+
+// Up to three jamo of a Hangul syllable, or the table's entry: all of the canonical decomposition,
+// not only its first step. Empty unless kDecomposes. `buffer` holds the jamo.
+std::u32string_view decomposition(char32_t c, char32_t (&buffer)[3]);
+
+// Empty unless kLowers.
+std::u32string_view lowercase(char32_t c);
+
+// `\s` and `\w` of the matcher of added tokens, which are not the classes of clean_text.
+bool is_white_space(char32_t c);
+bool is_word_char(char32_t c);
+
+struct Decoded {
+  char32_t c;
+  uint32_t size;  // bytes
+};
+
+// The first character of valid UTF-8.
+inline Decoded decode_utf8(const char* p) {
+  const auto byte = [p](int i) { return static_cast<unsigned char>(p[i]); };
+  const auto tail = [&byte](int i) { return static_cast<char32_t>(byte(i) & 0x3F); };
+  if (byte(0) < 0x80) return {byte(0), 1};
+  if (byte(0) < 0xE0) return {(byte(0) & 0x1FU) << 6 | tail(1), 2};
+  if (byte(0) < 0xF0) return {(byte(0) & 0x0FU) << 12 | tail(1) << 6 | tail(2), 3};
+  return {(byte(0) & 0x07U) << 18 | tail(1) << 12 | tail(2) << 6 | tail(3), 4};
+}
+
+inline bool is_ascii(char byte) { return static_cast<signed char>(byte) >= 0; }
+
+// True on every byte of a character but its first.
+inline bool is_utf8_tail(char byte) { return (static_cast<unsigned char>(byte) & 0xC0) == 0x80; }
+
+void append_utf8(char32_t c, std::string& out);
+
+// Number of characters of valid UTF-8.
+size_t count_chars(std::string_view text);
+
+}  // namespace fastbert
