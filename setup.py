@@ -15,7 +15,7 @@ except ImportError:  # --no-build-isolation without pybind11: torch carries its 
 
     include_dirs = [os.path.join(os.path.dirname(torch.__file__), "include")]
 
-flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra"]
+flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 if os.environ.get("CI"):  # not for users: a newer compiler may warn of more
     flags.append("-Werror")
 
@@ -27,6 +27,7 @@ setup(
             depends=sorted(glob("csrc/*.h")),
             include_dirs=["csrc", *include_dirs],
             extra_compile_args=flags,
+            extra_link_args=["-pthread"],
             language="c++",
         )
     ]
