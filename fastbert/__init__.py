@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from fastbert.embed import Embedder
     from fastbert.model import BertModel, BertPreTrainedModel
     from fastbert.packing import PackedBatch, pack, unpack
-    from fastbert.tokenizer import BertTokenizer
+    from fastbert.tokenizer import AddedToken, BatchEncoding, BertTokenizer
 
 _MODULES = {
+    "AddedToken": "tokenizer",
+    "BatchEncoding": "tokenizer",
     "BertConfig": "config",
     "BertModel": "model",
     "BertPreTrainedModel": "model",
@@ -28,6 +30,8 @@ _MODULES = {
     "unpack": "packing",
 }
 __all__ = [
+    "AddedToken",
+    "BatchEncoding",
     "BertConfig",
     "BertModel",
     "BertPreTrainedModel",

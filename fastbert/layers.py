@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbert.config import BertConfig
-from fastbert.inference import LayerPlan, can_plan
+from fastbert.inference import LayerPlan, can_plan, run
 from fastbert.kernels.attention import attention, attention_weights_ref
 from fastbert.kernels.embeddings import embed
 from fastbert.kernels.layer_norm import layer_norm
@@ -145,13 +146,14 @@ class BertLayer(nn.Module):
     def forward(
         self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: list[Tensor] | None = None
     ) -> Tensor:
-        if weights is None and can_plan(self, x):
-            if self._plan is None or not self._plan.holds(self):
-                self._plan = LayerPlan.of(self)
-            if self._plan is not None:
-                return self._plan(x, cu_seqlens, max_seqlen)
         x = self.attention(x, cu_seqlens, max_seqlen, weights)
         return self.output(self.intermediate(x), x)
+
+    def plan(self) -> LayerPlan | None:
+        """Today's weights prepacked for inference on a CPU; None where a module is not plain."""
+        if self._plan is None or not self._plan.holds(self):
+            self._plan = LayerPlan.of(self)
+        return self._plan
 
     def train(self, mode: bool = True) -> BertLayer:
         self._plan = None  # also for those who write weights where versions do not show it (.data)
@@ -176,6 +178,8 @@ class BertEncoder(nn.Module):
         weights: list[Tensor] | None = None,
     ) -> Tensor:
         """(n_tokens, hidden) to the same. Lists that are given get the states and the weights."""
+        if hidden_states is None and weights is None and can_plan(x, self.training):
+            return self._infer(x, cu_seqlens, max_seqlen)
         for layer in self.layer:
             if hidden_states is not None:
                 hidden_states.append(x)
@@ -185,6 +189,18 @@ class BertEncoder(nn.Module):
                 x = layer(x, cu_seqlens, max_seqlen, weights)
         if hidden_states is not None:
             hidden_states.append(x)
+        return x
+
+    def _infer(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        all_layers: list[Any] = list(self.layer)
+        steps = ((layer, layer.plan()) for layer in all_layers)
+        for dtype, group in groupby(steps, key=lambda step: step[1] and step[1].dtype):
+            layers, planned = zip(*group, strict=True)
+            if dtype is not None:
+                x = run(planned, x, cu_seqlens)
+                continue
+            for layer in layers:
+                x = layer(x, cu_seqlens, max_seqlen)
         return x
 
 

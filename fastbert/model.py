@@ -52,10 +52,11 @@ class BertPreTrainedModel(nn.Module):
         config = config or BertConfig.from_file(checkpoint.config_file)
         if isinstance(dtype, str):
             dtype = _dtype(dtype)
-        with torch.device("meta"):
-            model = cls(config, **model_arguments)
-        missing, unused = model._load(read_tensors(checkpoint), str(checkpoint.folder))
-        model.to(device=device, dtype=dtype).eval()
+        with torch.inference_mode(False):  # weights made in it would be of no use outside it
+            with torch.device("meta"):
+                model = cls(config, **model_arguments)
+            missing, unused = model._load(read_tensors(checkpoint), str(checkpoint.folder))
+            model.to(device=device, dtype=dtype).eval()
         info = {"missing_keys": missing, "unexpected_keys": unused}
         return (model, info) if output_loading_info else model
 

@@ -1,5 +1,8 @@
 """The prepacked plan is used where it may be, and never with weights or modules of yesterday."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -148,6 +151,43 @@ def test_weights_made_in_inference_mode_have_no_versions(model):
         made = BertModel(model.config).eval()
         made(IDS)
         assert not planned(made)
+
+
+# One piece and several; sizes at, below and above a piece and a step of the rounding.
+@pytest.mark.parametrize(
+    "lengths", [[1], [512, 511], [512, 512], [512, 512, 1], [300] * 7, [7] * 9]
+)
+def test_pieces_change_nothing(lengths):
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64,
+    )  # fmt: skip
+    model = BertModel(config).eval()
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(0, 50, mask.shape)
+    with torch.no_grad():
+        out = model(ids, mask)[0]
+    with torch.enable_grad():
+        torch.testing.assert_close(out, model(ids, mask)[0].detach())
+
+
+MEMORY = """
+import resource, sys, torch
+from fastbert import BertConfig, BertModel
+model = BertModel(BertConfig(hidden_size=384, intermediate_size=384, num_hidden_layers=1)).eval()
+with torch.inference_mode():
+    for i in range(300):
+        model(torch.ones(1, 150 + i if sys.argv[1] == "different" else 450).long())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def test_memory_does_not_grow_with_every_number_of_tokens():
+    def peak_mib(lengths):
+        command = [sys.executable, "-P", "-c", MEMORY, lengths]
+        return float(subprocess.run(command, capture_output=True, check=True).stdout)
+
+    assert peak_mib("different") < peak_mib("equal") + 150  # unbounded: 600 more
 
 
 def test_the_plan_is_not_in_the_state(model):

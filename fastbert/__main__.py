@@ -1,0 +1,7 @@
+"""`python -m fastbert` is `fastbert`."""
+
+import sys
+
+from fastbert.cli import main
+
+sys.exit(main())

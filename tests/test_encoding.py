@@ -1,0 +1,233 @@
+"""What a tokenizer is asked for and gives, against transformers.BertTokenizerFast."""
+
+import contextlib
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from tokenizer_cases import DETAILS, NASTY, UNCASED_VOCAB, WORDS, assert_same, both
+
+from fastbert.tokenizer import BertTokenizer
+
+
+@pytest.fixture(scope="module")
+def uncased():
+    return both()
+
+
+# ---- Arguments
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("truncation", ["longest_first", "only_first", "only_second"])
+def test_truncation(uncased, truncation, side):
+    """All small lengths, strides and rooms, with windows; where transformers fails, so do we."""
+    ours, theirs = map(copy.copy, uncased)
+    ours.truncation_side = theirs.truncation_side = side
+    for n_first, n_second in [(0, 3), (4, None), (7, None), (3, 8), (8, 3), (5, 5), (6, 5)]:
+        first = " ".join(WORDS[:n_first])
+        second = None if n_second is None else " ".join(WORDS[:n_second])
+        for max_length, stride in itertools.product([0, 1, 2, 3, 4, 5, 8, 9, 12], [0, 1, 3]):
+            arguments = {
+                "truncation": truncation,
+                "max_length": max_length,
+                "stride": stride,
+                "return_overflowing_tokens": True,
+            }
+            pair = (ours, theirs)
+            assert_same(pair, [first], None if second is None else [second], **arguments)
+            assert_same(pair, first, second, **{**arguments, "return_overflowing_tokens": False})
+            assert_same(pair, first, second, **arguments, **DETAILS, padding="max_length")
+
+
+@pytest.mark.parametrize("return_tensors", [None, "pt", "np"])
+@pytest.mark.parametrize("padding", [True, False, "longest", "max_length", "do_not_pad"])
+def test_padding(uncased, padding, return_tensors):
+    batches = [["one two three", "", "four"], ["one", "two"]]
+    for batch, side, multiple in itertools.product(batches, [None, "left"], [None, 8]):
+        for extra in ({}, {"max_length": 6}, {"max_length": 8, "truncation": True}):
+            arguments = {
+                "padding": padding,
+                "padding_side": side,
+                "pad_to_multiple_of": multiple,
+                "return_tensors": return_tensors,
+            }
+            if return_tensors == "np" and len(set(map(len, batch))) > 1:
+                arguments["return_tensors"] = None  # ragged arrays of objects: a test of their own
+            with_warning = padding is True and extra == {"max_length": 6}
+            with pytest.warns(UserWarning) if with_warning else contextlib.nullcontext():
+                assert_same(uncased, batch, **DETAILS, **arguments, **extra)
+                assert_same(uncased, batch[0], **DETAILS, **arguments, **extra)
+
+
+def test_ragged_numpy(uncased):
+    ours, theirs = (t(["one two", "one"], return_tensors="np") for t in uncased)
+    assert [row.tolist() for row in ours.input_ids] == [r.tolist() for r in theirs["input_ids"]]
+    assert ours.input_ids.dtype == theirs["input_ids"].dtype == object
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"return_token_type_ids": False},
+        {"return_attention_mask": False},
+        {"return_length": True},
+        {"return_special_tokens_mask": True},
+        {"add_special_tokens": False},
+    ],
+    ids=lambda names: next(iter(names)),
+)
+def test_what_is_returned(uncased, names):
+    assert_same(uncased, "one two", "three", **names)
+    assert_same(uncased, ["one two", "three"], **names)
+    assert_same(uncased, "", **names, return_tensors="pt")
+
+
+def test_model_max_length_and_input_names():
+    options = {"model_max_length": 6, "model_input_names": ["input_ids", "attention_mask"]}
+    pair = both(**options)
+    for arguments in ({"truncation": True}, {"padding": "max_length"}, {}):
+        assert_same(pair, " ".join(WORDS), **arguments)
+
+
+def test_pairs_inside_one_list(uncased):
+    assert_same(uncased, [("one", "two"), "three", ["four", "five"]])
+    assert_same(uncased, [(["one"], ["two", "three"]), ["four", "five"]], is_split_into_words=True)
+    assert_same(uncased, ("one", "two"))
+    assert_same(uncased, [], is_split_into_words=True)
+    assert_same(uncased, "one", "")
+    assert_same(uncased, ["one"], [""])
+    assert_same(uncased, ["one", "two"], ["three"], is_split_into_words=True)
+
+
+BAD_TEXTS = [
+    (None, None), (5, None), ([None], None), (["a", None], None), (["a", 5], None), (b"x", None),
+    (["\ud800"], None), ("a\ud800", None), ([[]], None), ([["a", "b", "c"]], None),
+    ([("a",)], None), ({"a"}, None), ("a", ["b"]), (["a"], "b"), (["a"], ["b", "c"]),
+    (["a", "b"], ["c", None]), ("a", 5), ([("a", None)], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, pair", BAD_TEXTS, ids=ascii)
+def test_refuses_bad_texts_with_the_same_error(uncased, text, pair):
+    ours, theirs = uncased
+    with pytest.raises((ValueError, TypeError)) as expected:
+        theirs(text, pair)
+    with pytest.raises(expected.type):
+        ours(text, pair)
+
+
+@pytest.mark.parametrize("text", ["ab", [["a", None]], ["a", 5], [["a"], "b"], [["a\udc00"]]])
+def test_refuses_bad_words(uncased, text):
+    ours, theirs = uncased
+    with pytest.raises(TypeError):
+        theirs(text, is_split_into_words=True)
+    with pytest.raises(TypeError, match=r"(word of )?text"):
+        ours(text, is_split_into_words=True)
+
+
+def test_refuses_bad_arguments(uncased):
+    ours, _ = uncased
+    for arguments, message in [
+        ({"padding": "bad"}, "padding must be one of .*'bad'"),
+        ({"truncation": "bad"}, "truncation must be one of"),
+        ({"return_tensors": "tf"}, "return_tensors must be one of"),
+        ({"padding": True, "padding_side": "up"}, "padding_side must be one of"),
+        ({"truncation": True, "max_length": -3}, "max_length must be a non-negative int, got -3"),
+        ({"truncation": True, "max_length": 4, "stride": 3}, "stride"),
+        ({"padding": True, "truncation": True, "max_length": 9, "pad_to_multiple_of": 8}, "9"),
+        ({"truncation": "only_second", "max_length": 3}, "needs a text_pair"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ours("one two", **arguments)
+    with pytest.raises(ValueError, match="empty list"):
+        ours([])
+    with pytest.raises(ValueError, match="equally long"):
+        ours(["one two", "three"], return_tensors="pt")
+    with pytest.raises(TypeError):
+        ours("one", no_such_argument=1)
+    no_padding = BertTokenizer({"[UNK]": 0}, pad_token=None)
+    with pytest.raises(ValueError, match="pad_token"):
+        no_padding("one", padding=True)
+
+
+# ---- Results
+
+
+def test_batch_encoding(uncased):
+    ours, theirs = (t(["\u00c7a [MASK]x", "b"], ["b cd", ""], padding=True) for t in uncased)
+    for row, token in itertools.product(range(2), range(len(ours.tokens()))):
+        assert ours.token_to_chars(row, token) == theirs.token_to_chars(row, token)
+    for row, char, sequence in itertools.product(range(2), range(12), range(2)):
+        assert ours.char_to_token(row, char, sequence) == theirs.char_to_token(row, char, sequence)
+    assert ours.token_to_chars(1) == theirs.token_to_chars(1)
+    assert ours.char_to_token(1) == theirs.char_to_token(1)
+    assert ours.input_ids is ours["input_ids"]
+    with pytest.raises(AttributeError):
+        _ = ours.nothing
+    back = pickle.loads(pickle.dumps(ours))
+    assert back == ours and back.word_ids(0) == ours.word_ids(0)
+
+
+def test_details_do_not_follow_later_changes():
+    tokenizer = BertTokenizer(UNCASED_VOCAB)
+    texts = ["one xyz two"]
+    encoding = tokenizer(texts)
+    texts[0] = "changed"
+    tokenizer.add_tokens("xyz")
+    tokenizer.truncation_side = "left"
+    assert len(encoding.tokens()) == len(encoding.input_ids[0])
+    assert encoding.tokens()[1] == "one"
+
+
+def test_to_moves_tensors(uncased):
+    encoding = uncased[0](["one"], return_tensors="pt")
+    assert encoding.to("meta") is encoding
+    assert {value.device.type for value in encoding.values()} == {"meta"}
+
+
+def test_pack(uncased):
+    ours, theirs = uncased
+    texts = [*NASTY, " ".join(WORDS * 100)]
+    for pairs in (None, texts[::-1]):
+        packed = ours.pack(texts, pairs, max_length=64)
+        expected = theirs(texts, pairs, truncation=True, max_length=64)
+        lengths = [len(row) for row in expected["input_ids"]]
+        assert packed.lengths.tolist() == lengths and packed.max_seqlen == max(lengths)
+        for name in ("input_ids", "token_type_ids"):
+            assert getattr(packed, name).tolist() == list(itertools.chain(*expected[name]))
+            assert getattr(packed, name).dtype == torch.int64
+        assert packed.position_ids.tolist() == [i for n in lengths for i in range(n)]
+        for n_threads in (1, 2, 3, 7, 100):
+            other = ours.pack(texts, pairs, max_length=64, num_threads=n_threads)
+            assert torch.equal(other.input_ids, packed.input_ids)
+            assert torch.equal(other.position_ids, packed.position_ids)
+            assert torch.equal(other.cu_seqlens, packed.cu_seqlens)
+
+
+def test_many_threads_give_the_rows_of_one(uncased):
+    texts = [f"{word} {i} [MASK]" for i, word in enumerate(WORDS * 2000)]
+    one, four = (uncased[0].pack(texts, num_threads=n) for n in (1, 4))
+    assert torch.equal(one.input_ids, four.input_ids)
+    assert torch.equal(one.cu_seqlens, four.cu_seqlens)
+    with pytest.raises(ValueError, match="only_second"):
+        uncased[0].pack(texts, truncation="only_second", max_length=4, num_threads=4)
+
+
+def test_pack_edges(uncased):
+    ours, _ = uncased
+    empty = ours.pack([])
+    assert len(empty) == 0 and empty.input_ids.numel() == 0 and empty.max_seqlen == 0
+    assert ours.pack([""]).input_ids.tolist() == [ours.cls_token_id, ours.sep_token_id]
+    with pytest.raises(TypeError, match="list of str, got str"):
+        ours.pack("one")
+    with pytest.raises(TypeError, match="text 1 must be str, got NoneType"):
+        ours.pack(["one", None])
+    with pytest.raises(ValueError, match="1 texts do not go with 2"):
+        ours.pack(["one"], ["two", "three"])
+    with pytest.raises(ValueError, match="max_length"):
+        ours.pack(["one"], max_length=2)
+    with pytest.raises(ValueError, match="num_threads"):
+        ours.pack(["one"], num_threads=0)
