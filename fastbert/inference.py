@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from fastbert.layers import BertLayer
 
 
-# Every number of rows that oneDNN meets costs it 0.5 ms a product the first time and, for good, as
-# much memory as the product's result (measured with torch 2.13: 2 GB after 300 batches of different
-# size). So batches are cut into pieces, between sequences, and pieces rounded up to a few sizes.
-# 1,024 to 4,096 tokens a piece are equally fast; 8,192 are 7% slower (L2 of 2 MB a core).
-_PIECE = 1024
+# Every number of rows that oneDNN meets costs it 0.5 ms a product the first time and 0.6 MB for
+# good, up to 1,024 of them, and the holes between them keep freed tensors from being used again:
+# sizes that rose by one row cost 2 GB in 300 batches (torch 2.13). So pieces are rounded up to a few
+# sizes. A batch is cut between sequences, because 8,192 tokens at once are 5% slower than 2,048.
+_PIECE = 2048
 
 
 def _rounded(n_rows: int) -> int:
@@ -57,8 +57,9 @@ def run(plans: Sequence[LayerPlan], x: Tensor, cu_seqlens: Tensor) -> Tensor:
     for start, stop, bounds in _pieces(cu_seqlens.tolist()):
         n_rows = stop - start
         rounded = _rounded(n_rows)
-        piece = x.new_zeros(rounded, x.shape[1], dtype=dtype)
+        piece = x.new_empty(rounded, x.shape[1], dtype=dtype)
         piece[:n_rows] = x[start:stop]
+        piece[n_rows:] = 0
         if rounded > n_rows:
             bounds.append(rounded)  # the rows that fill up are a sequence of their own
         piece_cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
@@ -81,14 +82,49 @@ def _pieces(bounds: list[int]) -> Iterator[tuple[int, int, list[int]]]:
         first = last
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling `module` does what its class says and nothing else."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+class _Watch:
+    """Notices hooks on modules, modules that were exchanged, and parameters that have changed.
+
+    Looked at before every forward, so it holds on to the dicts themselves and only reads them.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.kinds = [(module, type(module)) for module in modules]
+        self.hooks = [hooks for module in modules for hooks in _hooks(module)]
+        self.attributes = [module.__dict__ for module in modules]
+        self.children = [(m._modules, n, c) for m in modules for n, c in m._modules.items()]
+        self.parameters = [m._parameters for m in modules if m._parameters]
+        self.state = self.versions()
+        # Kept alive, so that no address is used for another tensor.
+        self.values = [p.detach() for ps in self.parameters for p in ps.values() if p is not None]
+
+    def plain(self) -> bool:
+        """Whether calling the modules does what their classes say and nothing else."""
+        return not any(self.hooks) and not any("forward" in names for names in self.attributes)
+
+    def unchanged(self) -> bool:
+        return (
+            self.plain()
+            and all(type(module) is kind for module, kind in self.kinds)
+            and all(children.get(name) is child for children, name, child in self.children)
+            and self.versions() == self.state
+        )
+
+    def versions(self) -> list[tuple[int, int]]:
+        return [
+            (p.data_ptr(), p._version)
+            for parameters in self.parameters
+            for p in parameters.values()
+            if p is not None
+        ]
+
+
+def _hooks(module: nn.Module) -> tuple[dict, ...]:
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
 
 
@@ -99,11 +135,9 @@ class LayerPlan:
     computed with in float32, which is faster than emulation and no less exact.
     """
 
-    def __init__(self, layer: BertLayer, watched: list[tuple[nn.Module, type, dict]]) -> None:
+    def __init__(self, layer: BertLayer, watch: _Watch) -> None:
         attn = layer.attention.self
-        self._watched = watched
-        self._state = _versions(watched)
-        self._alive = [p.detach() for p in layer.parameters()]  # so that no address is used twice
+        self._watch = watch
         self.dtype = attn.query.weight.dtype
         if self.dtype == torch.bfloat16 and not native_bfloat16():
             self.dtype = torch.float32
@@ -128,29 +162,24 @@ class LayerPlan:
             for m in modules
         )
         parameters = list(layer.parameters())
-        same = len({p.dtype for p in parameters}) == 1
-        if not (known and same and all(map(_is_plain, modules))):
+        if not known or len({p.dtype for p in parameters}) != 1:
             return None
         if any(p.is_inference() or p.device.type != "cpu" for p in parameters):
             return None  # inference tensors carry no version to tell that they have changed
-        return cls(layer, [(m, type(m), dict(m._modules)) for m in modules])
+        watch = _Watch(modules)
+        return cls(layer, watch) if watch.plain() else None
 
-    def holds(self, layer: BertLayer) -> bool:
+    def holds(self) -> bool:
         """Whether the layer's modules and weights are still those that were packed."""
-        for module, kind, children in self._watched:
-            if type(module) is not kind or module._modules != children:
-                return False
-            if not _is_plain(module):
-                return False
-        return _versions(self._watched) == self._state
+        return self._watch.unchanged()
 
     def __call__(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """(n_tokens, hidden) of `self.dtype` to the same."""
         qkv = self.qkv.linear(x).unflatten(1, self.heads)
         mixed = attention(qkv, cu_seqlens, max_seqlen).flatten(1)
-        x = self._add_norm(self.attention_output.linear(mixed), x, self.attention_norm)
+        x = self._norm_of(self.attention_output.linear_add(mixed, x), self.attention_norm)
         inner = self.intermediate.linear(x, self.activation)
-        return self._add_norm(self.output.linear(inner), x, self.output_norm)
+        return self._norm_of(self.output.linear_add(inner, x), self.output_norm)
 
     def _pack(self, *linears: nn.Linear) -> Prepacked:
         weight = torch.cat([linear.weight for linear in linears]).to(self.dtype)
@@ -161,15 +190,6 @@ class LayerPlan:
         return weight.to(self.dtype), bias.to(self.dtype), norm.eps
 
     @staticmethod
-    def _add_norm(x: Tensor, residual: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
+    def _norm_of(x: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
         weight, bias, eps = norm
-        return layer_norm(x, weight, bias, residual, eps=eps)
-
-
-def _versions(watched: list[tuple[nn.Module, type, dict]]) -> list[tuple[int, int]]:
-    return [
-        (p.data_ptr(), p._version)
-        for module, _, _ in watched
-        for p in module._parameters.values()
-        if p is not None
-    ]
+        return layer_norm(x, weight, bias, eps=eps)

@@ -127,15 +127,15 @@ class EncoderInputs:
         first = pool(x, self.cu_seqlens, "cls")
         if self.order is None:
             return first
-        return torch.empty_like(first).index_copy(0, self.order, first)
+        return torch.empty_like(first).index_copy_(0, self.order, first)
 
     def restore(self, x: Tensor) -> Tensor:
         """(n_tokens, hidden) to the order and shape that was given, zeros at padding."""
         if self.padded_shape is None:
-            return x if self.index is None else torch.empty_like(x).index_copy(0, self.index, x)
+            return x if self.index is None else torch.empty_like(x).index_copy_(0, self.index, x)
         if self.index is not None:
             n_seqs, length = self.padded_shape
-            x = x.new_zeros(n_seqs * length, x.shape[1]).index_copy(0, self.index, x)
+            x = x.new_zeros(n_seqs * length, x.shape[1]).index_copy_(0, self.index, x)
         return x.unflatten(0, self.padded_shape)
 
     def restore_weights(self, weights: Tensor) -> Tensor:

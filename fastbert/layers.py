@@ -151,7 +151,7 @@ class BertLayer(nn.Module):
 
     def plan(self) -> LayerPlan | None:
         """Today's weights prepacked for inference on a CPU; None where a module is not plain."""
-        if self._plan is None or not self._plan.holds(self):
+        if self._plan is None or not self._plan.holds():
             self._plan = LayerPlan.of(self)
         return self._plan
 

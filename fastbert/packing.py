@@ -195,5 +195,5 @@ def unpack(tensor: Tensor, packed: PackedBatch, total_length: int | None = None)
     )
     column = torch.arange(tensor.shape[0], device=tensor.device) - packed.cu_seqlens.long()[row]
     padded = tensor.new_zeros((len(packed) * length, *tensor.shape[1:]))
-    padded = padded.index_copy(0, row * length + column, tensor)
+    padded = padded.index_copy_(0, row * length + column, tensor)
     return padded.unflatten(0, (len(packed), length))

@@ -1,6 +1,5 @@
 """Softmax attention on packed sequences: each token attends to the tokens of its own sequence."""
 
-from collections.abc import Iterator
 from itertools import groupby, pairwise
 from typing import overload
 
@@ -9,15 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _runs(cu_seqlens: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """(first token, last token + 1, n_seqs, length) of neighbouring sequences of one length."""
-    start = 0
-    for length, group in groupby(cu_seqlens.diff().tolist()):
-        n_seqs = sum(1 for _ in group)
-        stop = start + n_seqs * length
-        if length:
-            yield start, stop, n_seqs, length
-        start = stop
+def _runs(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    """(n_seqs, length) of neighbouring sequences of one length."""
+    lengths = cu_seqlens.diff().tolist()
+    return [(sum(1 for _ in group), length) for length, group in groupby(lengths)]
 
 
 def attention_ref(
@@ -33,16 +27,19 @@ def attention_ref(
 ) -> Tensor:
     # Neighbours of one length are one call, which beat two batched products with a softmax between
     # at every length from 5 to 256 but one (benchmarks/README.md).
-    out = [q.new_empty(0, *q.shape[1:])]
-    for start, stop, n_seqs, length in _runs(cu_seqlens):
-        q_run, k_run, v_run = (
-            x[start:stop].unflatten(0, (n_seqs, length)).transpose(1, 2) for x in (q, k, v)
-        )  # (n_seqs, n_heads, length, head_dim)
+    runs = [(n_seqs, length) for n_seqs, length in _runs(cu_seqlens) if length]
+    if not runs:
+        return torch.empty_like(q)
+    sizes = [n_seqs * length for n_seqs, length in runs]
+    out = []
+    for (n_seqs, length), *qkv in zip(runs, *(x.split(sizes) for x in (q, k, v)), strict=True):
+        shape = (n_seqs, length, *q.shape[1:])
+        heads = [x.view(shape).transpose(1, 2) for x in qkv]  # (n_seqs, n_heads, length, head_dim)
         run = F.scaled_dot_product_attention(
-            q_run, k_run, v_run, dropout_p=dropout_p, is_causal=causal, scale=softmax_scale
+            heads[0], heads[1], heads[2], None, dropout_p, causal, scale=softmax_scale
         )
         out.append(run.transpose(1, 2).flatten(0, 1))
-    return torch.cat(out) if len(out) != 2 else out[1]
+    return torch.cat(out) if len(out) > 1 else out[0]
 
 
 def attention_weights_ref(

@@ -58,4 +58,10 @@ class Prepacked:
     def linear(self, x: Tensor, activation: str | None = None) -> Tensor:
         """activation(x @ weight.T + bias). x: (n_rows, in_features), n_rows > 0."""
         attr, algorithm = _POINTWISE[activation]
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attr, [], algorithm)
+        return torch.ops.mkldnn._linear_pointwise.default(
+            x, self.weight, self.bias, attr, [], algorithm
+        )
+
+    def linear_add(self, x: Tensor, other: Tensor) -> Tensor:
+        """x @ weight.T + bias + other, added in registers. other: (n_rows, out_features)."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")

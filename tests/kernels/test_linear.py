@@ -19,3 +19,14 @@ def test_prepacked_is_as_accurate_as_plain(n_rows, n_in, n_out, activation, dtyp
     exact = linear_ref(*(arg.double() for arg in args), activation)
     # factor 4: one row is a matrix-vector product to torch, which sums in blocks, not in a chain
     assert_as_accurate(out, linear_ref(*args, activation), exact, factor=4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_prepacked_adds_the_residual(dtype):
+    x, weight, other = (torch.randn(*n, dtype=dtype) for n in ((17, 50), (33, 50), (17, 33)))
+    args, kept = (x, weight, torch.randn(33, dtype=dtype)), other.clone()
+    out = Prepacked.of(*args[1:]).linear_add(x, other)
+    exact = linear_ref(*(arg.double() for arg in args)) + other.double()
+    assert_as_accurate(out, linear_ref(*args) + other, exact, factor=4.0)
+    assert torch.equal(other, kept)
