@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastbert.kernels.attention import attention
+from fastbert.kernels.attention import attend, runs_of
 from fastbert.kernels.layer_norm import layer_norm
 from fastbert.kernels.linear import Prepacked, can_prepack, native_bfloat16
 
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 
 # Every number of rows that oneDNN meets costs it 0.5 ms a product the first time and 0.6 MB for
 # good, up to 1,024 of them, and the holes between them keep freed tensors from being used again:
-# sizes that rose by one row cost 2 GB in 300 batches (torch 2.13). So pieces are rounded up to a few
-# sizes. A batch is cut between sequences, because 8,192 tokens at once are 5% slower than 2,048.
+# sizes that rose by one row cost 2 GB in 300 batches (torch 2.13). So pieces are rounded up to a
+# few sizes. A batch is cut between sequences, as 8,192 tokens at once are 5% slower than 2,048.
 _PIECE = 2048
 
 
@@ -62,10 +61,9 @@ def run(plans: Sequence[LayerPlan], x: Tensor, cu_seqlens: Tensor) -> Tensor:
         piece[n_rows:] = 0
         if rounded > n_rows:
             bounds.append(rounded)  # the rows that fill up are a sequence of their own
-        piece_cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-        longest = max(b - a for a, b in pairwise(bounds))
+        runs = runs_of(bounds)
         for plan in plans:
-            piece = plan(piece, piece_cu_seqlens, longest)
+            piece = plan(piece, runs)
         out.append(piece[:n_rows].to(x.dtype))
     return torch.cat(out) if len(out) > 1 else out[0]
 
@@ -173,10 +171,10 @@ class LayerPlan:
         """Whether the layer's modules and weights are still those that were packed."""
         return self._watch.unchanged()
 
-    def __call__(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """(n_tokens, hidden) of `self.dtype` to the same."""
-        qkv = self.qkv.linear(x).unflatten(1, self.heads)
-        mixed = attention(qkv, cu_seqlens, max_seqlen).flatten(1)
+    def __call__(self, x: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+        """(n_tokens, hidden) of `self.dtype` to the same; sequences as `runs_of` gives them."""
+        qkv = self.qkv.linear(x).view(-1, *self.heads)
+        mixed = attend(*qkv.unbind(1), runs).flatten(1)
         x = self._norm_of(self.attention_output.linear_add(mixed, x), self.attention_norm)
         inner = self.intermediate.linear(x, self.activation)
         return self._norm_of(self.output.linear_add(inner, x), self.output_norm)

@@ -1,5 +1,6 @@
 """Softmax attention on packed sequences: each token attends to the tokens of its own sequence."""
 
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import overload
 
@@ -8,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _runs(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    """(n_seqs, length) of neighbouring sequences of one length."""
-    lengths = cu_seqlens.diff().tolist()
-    return [(sum(1 for _ in group), length) for length, group in groupby(lengths)]
+def runs_of(bounds: Sequence[int]) -> list[tuple[int, int]]:
+    """(n_seqs, length) of neighbouring sequences of one length, of `cu_seqlens` as a list."""
+    lengths = (b - a for a, b in pairwise(bounds))
+    runs = [(sum(1 for _ in group), length) for length, group in groupby(lengths)]
+    return [(n_seqs, length) for n_seqs, length in runs if length]
 
 
 def attention_ref(
@@ -25,9 +27,22 @@ def attention_ref(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
 ) -> Tensor:
+    runs = runs_of(cu_seqlens.tolist())
+    return attend(q, k, v, runs, causal, dropout_p, softmax_scale)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    runs: list[tuple[int, int]],
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """The reference with the sequences given as `runs_of` does."""
     # Neighbours of one length are one call, which beat two batched products with a softmax between
     # at every length from 5 to 256 but one (benchmarks/README.md).
-    runs = [(n_seqs, length) for n_seqs, length in _runs(cu_seqlens) if length]
     if not runs:
         return torch.empty_like(q)
     sizes = [n_seqs * length for n_seqs, length in runs]
