@@ -117,7 +117,7 @@ def collect_info() -> dict[str, Any]:
             "name": facts.get("model name") or platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
-            "bfloat16": _bfloat16(facts.get("flags", facts.get("Features", "")).split()),
+            "bfloat16": _bfloat16(),
         },
         "gpus": gpus,
         "kernels": kernel_status(),
@@ -129,10 +129,16 @@ def kernel_status() -> list[dict[str, str]]:
     import pkgutil
 
     import fastbert.kernels
+    from fastbert.kernels.linear import can_prepack
 
-    names = sorted(module.name for module in pkgutil.iter_modules(fastbert.kernels.__path__))
-    why = "there is no Triton kernel for it yet"
-    return [{"name": name, "runs": "plain torch", "why": why} for name in names]
+    plain = ("plain torch", "there is no Triton kernel for it yet")
+    status = {module.name: plain for module in pkgutil.iter_modules(fastbert.kernels.__path__)}
+    status["linear"] = (
+        ("oneDNN", "weights prepacked, for inference on a CPU; plain torch elsewhere")
+        if can_prepack()
+        else ("plain torch", "this torch was built without oneDNN's prepacked product")
+    )
+    return [{"name": n, "runs": runs, "why": why} for n, (runs, why) in sorted(status.items())]
 
 
 def _cpu_facts() -> dict[str, str]:
@@ -145,15 +151,12 @@ def _cpu_facts() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _bfloat16(flags: Sequence[str]) -> str:
-    import torch
+def _bfloat16() -> str:
+    from fastbert.kernels.linear import native_bfloat16
 
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "not supported by oneDNN here"
-    native = [flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags]
-    if native:
-        return f"native in oneDNN ({', '.join(native)})"
-    return "emulated by oneDNN (no avx512_bf16 or amx_bf16): expect no gain over float32"
+    if native_bfloat16():
+        return "computed in bfloat16, which this CPU multiplies itself"
+    return "computed in float32, at its speed (this CPU has no avx512_bf16 or AMX)"
 
 
 def _version(package: str) -> str | None:

@@ -47,6 +47,9 @@ class TextSource:
         self.path = Path(path)
         self.name = "standard input" if self.is_stdin else str(path)
         self.errors = errors
+        if not self.is_stdin and not self.path.is_file():
+            what = "is not a file" if self.path.exists() else "does not exist"
+            raise FileNotFoundError(f"{self.name} {what}")
         self.format = format or ("txt" if self.is_stdin else _format_of(self.path))
         self.guessed = column is None and self.format != "txt"
         self.column = column
@@ -54,9 +57,6 @@ class TextSource:
         self._share: float | None = None
         if self.is_stdin and self.format != "txt":
             raise ValueError(f"standard input is read as txt, a line a text, not as {self.format}")
-        if not self.is_stdin and not self.path.is_file():
-            what = "is not a file" if self.path.exists() else "does not exist"
-            raise FileNotFoundError(f"{self.name} {what}")
         if self.format != "txt":
             self.column = self._choose_column()
         elif column is not None:

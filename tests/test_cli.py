@@ -130,21 +130,10 @@ def test_info(run):
     assert all(kernel["runs"] and kernel["why"] for kernel in info["kernels"])
 
 
-@pytest.mark.parametrize(
-    "flags, supported, says",
-    [
-        ("avx2 avx512_bf16 amx_bf16", True, "native in oneDNN (amx_bf16, avx512_bf16)"),
-        ("avx512f", True, "emulated"),
-        ("avx2", False, "not supported"),
-    ],
-)
-def test_info_tells_native_bfloat16_from_emulated(monkeypatch, flags, supported, says):
-    import torch
-
-    monkeypatch.setattr(
-        torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False
-    )
-    assert cli._bfloat16(flags.split()).startswith(says)
+@pytest.mark.parametrize("native, says", [(True, "in bfloat16"), (False, "in float32")])
+def test_info_says_what_bfloat16_is_computed_in(monkeypatch, native, says):
+    monkeypatch.setattr("fastbert.kernels.linear.native_bfloat16", lambda: native)
+    assert f"computed {says}" in cli.collect_info()["cpu"]["bfloat16"]
 
 
 def test_embed(run, model, tmp_path):
