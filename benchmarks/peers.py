@@ -57,13 +57,13 @@ def load_onnxruntime(folder):
 
     rows = torch.export.Dim("rows", min=1, max=4096)
     length = torch.export.Dim("length", min=2, max=512)
-    example = torch.ones(2, 7, dtype=torch.int64)
+    ids, mask = torch.ones(2, 2, 7, dtype=torch.int64)  # two tensors: one would be one input
     with tempfile.TemporaryDirectory() as temporary:
         path = os.path.join(temporary, "model.onnx")
         logging.disable(logging.WARNING)
         with contextlib.redirect_stdout(None):
             torch.onnx.export(
-                Encoder(), (example, example), path, dynamo=True, external_data=False,
+                Encoder(), (ids, mask), path, dynamo=True, external_data=False,
                 input_names=["input_ids", "attention_mask"],
                 dynamic_shapes=({0: rows, 1: length}, {0: rows, 1: length}),
             )  # fmt: skip

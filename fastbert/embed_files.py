@@ -53,7 +53,7 @@ def embed_file(
         "input format": source.format,
         "column": source.column,
         "errors": source.errors,
-        "output": out.suffix,
+        "output format": out.suffix,
         "pooling": embedder.pooling,
         "normalize": embedder.normalize,
         "prompt": embedder.prompt,

@@ -160,7 +160,7 @@ class LayerPlan:
             for m in modules
         )
         parameters = list(layer.parameters())
-        if not known or len({p.dtype for p in parameters}) != 1:
+        if not known or {p.dtype for p in parameters} not in ({torch.float32}, {torch.bfloat16}):
             return None
         if any(p.is_inference() or p.device.type != "cpu" for p in parameters):
             return None  # inference tensors carry no version to tell that they have changed
