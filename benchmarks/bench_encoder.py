@@ -64,7 +64,7 @@ def bench_encoder(timed, folders, provider, workload):
         lambda: [run(*batch) for _ in range(repeats) for batch in made],
         workload,
         provider=provider,
-        rounds=5 if padded > 50_000 else 9,
+        rounds=3 if padded > 50_000 else 9,
         tokens=sum(lengths) * repeats,
         padding=1 - sum(lengths) / padded,
         error=float(error),

@@ -76,7 +76,7 @@ def table(results):
         lines += ["", f"**{group}**, {members[0]['padding']:.0%} padding", ""]
         lines += ["| | tokens/s | median | min to max | ratio |", "|---|---:|---:|---:|---:|"]
         for r in sorted(members, key=lambda r: r["median_s"]):
-            ms = [f"{1e3 * r[k]:,.3g} ms" for k in ("median_s", "min_s", "max_s")]
+            ms = [f"{1e3 * r[k]:,.1f} ms" for k in ("median_s", "min_s", "max_s")]
             ratio = f"{r['ratio']:.2f}" if r["ratio"] else ""
             name = r["provider"]
             lines.append(
