@@ -41,8 +41,8 @@ def attend(
     softmax_scale: float | None = None,
 ) -> Tensor:
     """The reference with the sequences given as `runs_of` does."""
-    # Neighbours of one length are one call: 1.7 to 1.9 times as fast as a call a sequence, and level
-    # with two products and a softmax between (benchmarks/README.md).
+    # Neighbours of one length are one call: 1.7 to 1.9 times as fast as a call a sequence, and
+    # level with two products and a softmax between (benchmarks/README.md).
     if not runs:
         return torch.empty_like(q)
     sizes = [n_seqs * length for n_seqs, length in runs]

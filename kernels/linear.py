@@ -51,8 +51,7 @@ class Prepacked:
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor) -> "Prepacked":
         """weight: (out_features, in_features), bias: (out_features,), float32 or bfloat16."""
-        # The number of rows is a hint for the layout; 16 to 1,024 gave the same speed at all of 8 to
-        # 1,024 rows, 1 a worse one.
+        # The number of rows is a hint for the layout: 16 to 1,024 are equally fast, 1 is slower.
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 512)
         return cls(packed, bias.detach().contiguous())
 
