@@ -8,8 +8,8 @@ or own CPU kernels, have their place here.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastbert.kernels.attention import attend, runs_of
 from fastbert.kernels.layer_norm import layer_norm
 from fastbert.kernels.linear import Prepacked, can_prepack, native_bfloat16
-
-if TYPE_CHECKING:
-    from fastbert.layers import BertLayer
-
 
 # Every number of rows that oneDNN meets costs it 0.5 ms a product the first time and 0.6 MB for
 # good, up to 1,024 of them, and the holes between them keep freed tensors from being used again:
@@ -133,7 +129,7 @@ class LayerPlan:
     computed with in float32, which is faster than emulation and no less exact.
     """
 
-    def __init__(self, layer: BertLayer, watch: _Watch) -> None:
+    def __init__(self, layer: Any, watch: _Watch) -> None:
         attn = layer.attention.self
         self._watch = watch
         self.dtype = attn.query.weight.dtype
@@ -150,17 +146,16 @@ class LayerPlan:
         self.output_norm = self._norm(layer.output.LayerNorm)
 
     @classmethod
-    def of(cls, layer: BertLayer) -> LayerPlan | None:
-        """The plan of a layer, None where one of its modules is not plain."""
-        from fastbert.layers import BertLayer, Dropout, LayerNorm
+    def of(cls, layer: Any, known: Collection[type]) -> LayerPlan | None:
+        """The plan of a BertLayer, None where one of its modules is not plain.
 
+        known: the classes whose arithmetic this is; a module of another class is not plain.
+        """
         modules = list(layer.modules())
-        known = type(layer) is BertLayer and all(
-            type(m) in (nn.Linear, LayerNorm, Dropout) or type(m).__module__ == BertLayer.__module__
-            for m in modules
-        )
         parameters = list(layer.parameters())
-        if not known or {p.dtype for p in parameters} not in ({torch.float32}, {torch.bfloat16}):
+        if {type(module) for module in modules} - set(known):
+            return None
+        if {p.dtype for p in parameters} not in ({torch.float32}, {torch.bfloat16}):
             return None
         if any(p.is_inference() or p.device.type != "cpu" for p in parameters):
             return None  # inference tensors carry no version to tell that they have changed

@@ -152,7 +152,7 @@ class BertLayer(nn.Module):
     def plan(self) -> LayerPlan | None:
         """Today's weights prepacked for inference on a CPU; None where a module is not plain."""
         if self._plan is None or not self._plan.holds():
-            self._plan = LayerPlan.of(self)
+            self._plan = LayerPlan.of(self, _PLAIN)
         return self._plan
 
     def train(self, mode: bool = True) -> BertLayer:
@@ -161,6 +161,13 @@ class BertLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}  # not copied, not pickled: made again when needed
+
+
+# What a plan knows the arithmetic of; not their subclasses, which may compute something else.
+_PLAIN = (
+    BertLayer, BertAttention, BertSelfAttention, BertSelfOutput, BertIntermediate, BertOutput,
+    nn.Linear, LayerNorm, Dropout,
+)  # fmt: skip
 
 
 class BertEncoder(nn.Module):
