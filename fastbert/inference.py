@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as nn_module
 
 from fastbert.kernels.attention import attend, runs_of
 from fastbert.kernels.layer_norm import layer_norm
@@ -41,7 +41,7 @@ def can_plan(x: Tensor, training: bool) -> bool:
         or x.shape[0] == 0
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
-        or _has_any_global_hook()
+        or any(_hooks(nn_module, "_global"))
         or not can_prepack()
     )
 
@@ -84,7 +84,7 @@ class _Watch:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.kinds = [(module, type(module)) for module in modules]
-        self.hooks = [hooks for module in modules for hooks in _hooks(module)]
+        self.hooks = [hooks for module in modules for hooks in _hooks(module, "")]
         self.attributes = [module.__dict__ for module in modules]
         self.children = [(m._modules, n, c) for m in modules for n, c in m._modules.items()]
         self.parameters = [m._parameters for m in modules if m._parameters]
@@ -113,13 +113,10 @@ class _Watch:
         ]
 
 
-def _hooks(module: nn.Module) -> tuple[dict, ...]:
-    return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+def _hooks(owner: Any, prefix: str) -> list[dict]:
+    """The dicts in which hooks are registered: on a module, or, "_global", on all of them."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return [getattr(owner, f"{prefix}_{kind}") for kind in kinds]
 
 
 class LayerPlan:

@@ -132,6 +132,16 @@ def test_a_hook_on_the_layer_itself_runs(model):
     assert len(seen) == 2  # once planned, once plain
 
 
+def test_a_hook_on_all_modules_runs(model):
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, a, o: seen.append(m))
+    try:
+        check(model, used=False)
+    finally:
+        handle.remove()
+    assert model.encoder.layer[0].attention.self.query in seen
+
+
 def test_a_wrapped_forward_runs(model):
     check(model)
     dense = model.encoder.layer[0].output.dense
