@@ -76,6 +76,16 @@ def _pieces(bounds: list[int]) -> Iterator[tuple[int, int, list[int]]]:
         first = last
 
 
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether calling `module` does what the class `kind` says and nothing else."""
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not any(_hooks(module, ""))
+        and not any(_hooks(nn_module, "_global"))
+    )
+
+
 class _Watch:
     """Notices hooks on modules, modules that were exchanged, and parameters that have changed.
 
@@ -93,8 +103,10 @@ class _Watch:
         self.values = [p.detach() for ps in self.parameters for p in ps.values() if p is not None]
 
     def plain(self) -> bool:
-        """Whether calling the modules does what their classes say and nothing else."""
-        return not any(self.hooks) and not any("forward" in names for names in self.attributes)
+        """Whether calling the modules does what their classes say in evaluation, nothing else."""
+        return not any(self.hooks) and not any(
+            names["training"] or "forward" in names for names in self.attributes
+        )
 
     def unchanged(self) -> bool:
         return (

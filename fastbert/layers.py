@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbert.config import BertConfig
-from fastbert.inference import LayerPlan, can_plan, run
+from fastbert.inference import LayerPlan, can_plan, is_plain, run
 from fastbert.kernels.attention import attention, attention_weights_ref
 from fastbert.kernels.embeddings import embed
 from fastbert.kernels.layer_norm import layer_norm
@@ -24,12 +24,9 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, residual, dropout_p, self.eps)
 
 
-class Dropout(nn.Dropout):
-    """Its rate, for the operation that drops: 0.0 outside training."""
-
-    @property
-    def rate(self) -> float:
-        return self.p if self.training else 0.0
+def _rate(dropout: nn.Dropout) -> float:
+    """For an operation that drops by itself: 0.0 outside training."""
+    return dropout.p if dropout.training else 0.0
 
 
 class BertEmbeddings(nn.Module):
@@ -43,7 +40,7 @@ class BertEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
         self,
@@ -53,17 +50,24 @@ class BertEmbeddings(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Ids (n_tokens,); inputs_embeds (n_tokens, hidden) in place of input_ids."""
-        if inputs_embeds is not None:
-            x = inputs_embeds + self.token_type_embeddings(token_type_ids)
-            x = self.LayerNorm(x + self.position_embeddings(position_ids))
-            return self.dropout(x)
-        assert input_ids is not None
+        if input_ids is None or not self._is_plain():
+            x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+            x = x + self.token_type_embeddings(token_type_ids)
+            return self.dropout(self.LayerNorm(x + self.position_embeddings(position_ids)))
         return embed(
             input_ids, token_type_ids, position_ids,
             self.word_embeddings.weight, self.token_type_embeddings.weight,
             self.position_embeddings.weight, self.LayerNorm.weight, self.LayerNorm.bias,
-            self.dropout.rate, self.LayerNorm.eps, self.word_embeddings.padding_idx,
+            _rate(self.dropout), self.LayerNorm.eps, self.word_embeddings.padding_idx,
         )  # fmt: skip
+
+    def _is_plain(self) -> bool:
+        tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
+        return (
+            all(is_plain(table, nn.Embedding) for table in tables)
+            and is_plain(self.LayerNorm, LayerNorm)
+            and is_plain(self.dropout, nn.Dropout)
+        )
 
 
 class BertSelfAttention(nn.Module):
@@ -74,7 +78,7 @@ class BertSelfAttention(nn.Module):
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = Dropout(config.attention_probs_dropout_prob)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: list[Tensor] | None = None
@@ -84,7 +88,7 @@ class BertSelfAttention(nn.Module):
         q, k, v = (f(x).unflatten(-1, heads) for f in (self.query, self.key, self.value))
         if weights is not None:
             weights.append(attention_weights_ref(q, k, cu_seqlens, max_seqlen))
-        out = attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=self.dropout.rate)
+        out = attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=_rate(self.dropout))
         return out.flatten(1)
 
 
@@ -95,10 +99,13 @@ class _Output(nn.Module):
         super().__init__()
         self.dense = nn.Linear(in_features, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dense(x), residual, self.dropout.rate)
+        x = self.dense(x)
+        if is_plain(self.dropout, nn.Dropout) and type(self.LayerNorm) is LayerNorm:
+            return self.LayerNorm(x, residual, _rate(self.dropout))
+        return self.LayerNorm(self.dropout(x) + residual)
 
 
 class BertSelfOutput(_Output):
@@ -166,7 +173,7 @@ class BertLayer(nn.Module):
 # What a plan knows the arithmetic of; not their subclasses, which may compute something else.
 _PLAIN = (
     BertLayer, BertAttention, BertSelfAttention, BertSelfOutput, BertIntermediate, BertOutput,
-    nn.Linear, LayerNorm, Dropout,
+    nn.Linear, LayerNorm, nn.Dropout,
 )  # fmt: skip
 
 

@@ -142,6 +142,40 @@ def test_a_hook_on_all_modules_runs(model):
     assert model.encoder.layer[0].attention.self.query in seen
 
 
+def test_a_dropout_that_trains_alone_drops(model):
+    layer = model.encoder.layer[0]
+    for dropout in (layer.output.dropout, layer.attention.self.dropout):
+        check(model)
+        dropout.p = 0.5
+        dropout.train()  # as for Monte Carlo estimates, everything else in evaluation
+        with torch.no_grad():
+            assert not torch.equal(model(IDS)[0], model(IDS)[0])
+        dropout.eval()
+
+
+def test_hooks_of_the_embeddings_run(model):
+    before, parts = check(model), model.embeddings
+    for part in (parts.word_embeddings, parts.position_embeddings, parts.token_type_embeddings,
+                 parts.LayerNorm, parts.dropout):  # fmt: skip
+        handle = part.register_forward_hook(lambda module, args, out: out + torch.arange(32.0))
+        assert not torch.equal(before, check(model)), part
+        handle.remove()
+    assert torch.equal(before, check(model))
+
+
+class Shifted(torch.nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids + 1)
+
+
+def test_another_kind_of_embedding_runs_itself(model):
+    before = check(model)
+    other = Shifted(50, 32)
+    other.load_state_dict(model.get_input_embeddings().state_dict())
+    model.set_input_embeddings(other)
+    assert not torch.equal(before, check(model))
+
+
 def test_a_wrapped_forward_runs(model):
     check(model)
     dense = model.encoder.layer[0].output.dense
