@@ -67,9 +67,8 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict
         config.replace(extra={**config.extra, "architectures": [architecture]}).save_pretrained(
             temporary
         )
-        separate = {
-            name: value.clone() for name, value in tensors.items()
-        }  # tied ones share memory
+        # Tied tensors share memory, which safetensors refuses: each gets its own.
+        separate = {name: value.clone() for name, value in tensors.items()}
         write_tensors(separate, temporary / WEIGHTS_NAME)
         for name in _COPIED:
             path = checkpoint.folder / name
