@@ -47,6 +47,15 @@ AddedTokens::AddedTokens(std::vector<AddedToken> tokens)
   for (const AddedToken& token : tokens_) {
     begins_[static_cast<unsigned char>(token.content[0])] = true;
   }
+  if (std::count(begins_, begins_ + 256, true) == 1) {
+    only_begin_ = static_cast<int>(std::find(begins_, begins_ + 256, true) - begins_);
+  }
+}
+
+size_t AddedTokens::next_begin(std::string_view text, size_t at) const {
+  if (only_begin_ >= 0) return std::min(text.find(static_cast<char>(only_begin_), at), text.size());
+  while (at < text.size() && !begins_[static_cast<unsigned char>(text[at])]) ++at;
+  return at;
 }
 
 void AddedTokens::find(std::string_view text, bool with_special,
@@ -54,11 +63,7 @@ void AddedTokens::find(std::string_view text, bool with_special,
   matches.clear();
   if (tokens_.empty()) return;
   size_t taken = 0;  // the end of the last match
-  for (size_t at = 0; at < text.size();) {
-    if (!begins_[static_cast<unsigned char>(text[at])]) {
-      ++at;
-      continue;
-    }
+  for (size_t at = 0; (at = next_begin(text, at)) < text.size();) {
     const Trie::Match found = trie_.longest(text.substr(at));
     if (found.value < 0) {
       ++at;

@@ -35,10 +35,16 @@ class AddedTokens {
   // Replaces `matches` by those in `text`; without special tokens unless `with_special`.
   void find(std::string_view text, bool with_special, std::vector<Match>& matches) const;
 
+  bool empty() const { return tokens_.empty(); }
+
  private:
+  // The first place from `at` on where a content can begin; the end of the text if there is none.
+  size_t next_begin(std::string_view text, size_t at) const;
+
   std::vector<AddedToken> tokens_;
-  Trie trie_;         // of contents, to their places in tokens_
-  bool begins_[256];  // whether a content begins with this byte
+  Trie trie_;            // of contents, to their places in tokens_
+  bool begins_[256];     // whether a content begins with this byte
+  int only_begin_ = -1;  // the byte that all contents begin with, if it is one
 };
 
 }  // namespace fastbert

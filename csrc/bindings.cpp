@@ -3,11 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
+#include "arrow.h"
 #include "tokenizer.h"
 
 namespace py = pybind11;
@@ -15,137 +18,308 @@ namespace py = pybind11;
 namespace fastbert {
 namespace {
 
-// A NumPy array that owns what was the vector's.
-py::array_t<int64_t> to_array(std::vector<int64_t>&& values) {
-  auto owner = std::make_unique<std::vector<int64_t>>(std::move(values));
-  const int64_t* data = owner->data();
-  const auto size = static_cast<py::ssize_t>(owner->size());
-  py::capsule free(owner.get(), [](void* p) { delete static_cast<std::vector<int64_t>*>(p); });
-  owner.release();
-  return py::array_t<int64_t>({size}, {static_cast<py::ssize_t>(sizeof(int64_t))}, data, free);
-}
-
 std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
 bool is_list(py::handle object) {
-  return py::isinstance<py::list>(object) || py::isinstance<py::tuple>(object);
+  return PyList_Check(object.ptr()) || PyTuple_Check(object.ptr());
 }
 
-// Views of Python strings, which this keeps alive: lists may change while the GIL is released.
+// Item i of a list, or of something like one; it stays alive by itself.
+py::object item_of(py::handle list, size_t i) {
+  const auto index = static_cast<py::ssize_t>(i);
+  if (PyList_Check(list.ptr()) && index < PyList_GET_SIZE(list.ptr())) {
+    return py::reinterpret_borrow<py::object>(PyList_GET_ITEM(list.ptr(), index));
+  }
+  return py::reinterpret_steal<py::object>(PySequence_GetItem(list.ptr(), index));
+}
+
+// The code points of a str where Python keeps them, or its UTF-8 if that is at hand.
+Text view_of_str(PyObject* str) {
+  const auto size = static_cast<size_t>(PyUnicode_GET_LENGTH(str));
+  if (PyUnicode_IS_ASCII(str)) return {PyUnicode_DATA(str), size, Encoding::kUtf8};
+#ifndef Py_GIL_DISABLED
+  const auto* compact = reinterpret_cast<const PyCompactUnicodeObject*>(str);
+  if (compact->utf8 != nullptr) {
+    return {compact->utf8, static_cast<size_t>(compact->utf8_length), Encoding::kUtf8};
+  }
+#endif
+  const int kind = static_cast<int>(PyUnicode_KIND(str));
+  return {PyUnicode_DATA(str), size,
+          kind == PyUnicode_1BYTE_KIND   ? Encoding::kLatin1
+          : kind == PyUnicode_2BYTE_KIND ? Encoding::kUcs2
+                                         : Encoding::kUcs4};
+}
+
+// Views of Python's texts, which this keeps alive: lists may change while the GIL is released.
 class Inputs {
  public:
-  Inputs(const py::sequence& texts, const py::object& pairs, bool is_split) : is_split_(is_split) {
-    const size_t n = texts.size();
-    inputs_.resize(n);
+  // bytes: whether texts may also be bytes or other buffers, and Arrow arrays.
+  Inputs(const py::object& texts, const py::object& pairs, bool is_split, bool bytes)
+      : bytes_(bytes) {
+    batch_.is_split = is_split;
+    if (bytes && is_arrow(texts)) {
+      add_arrow(texts, false);
+      if (!pairs.is_none()) add_arrow(pairs, true);
+      return;
+    }
+    const size_t n = py::len(texts);
+    batch_.inputs.resize(n);
+    batch_.texts.reserve(pairs.is_none() ? n : 2 * n);
+    alive_.reserve(batch_.texts.capacity());
     for (size_t i = 0; i < n; ++i) {
-      const py::object text = texts[i];
+      Input& input = batch_.inputs[i];
+      const py::object text = item_of(texts, i);
+      input.has_second = !pairs.is_none() || is_pair(text);
       if (!pairs.is_none()) {
-        add(text, "text", i, inputs_[i].first);
-        add(py::sequence(pairs)[i], "text_pair", i, inputs_[i].second);
-        inputs_[i].has_second = true;
-      } else if (is_pair(text)) {
-        add(py::sequence(text)[0], "the first text of pair", i, inputs_[i].first);
-        add(py::sequence(text)[1], "the second text of pair", i, inputs_[i].second);
-        inputs_[i].has_second = true;
+        input.first = add(text, "text", i);
+        input.second = add(item_of(pairs, i), "text_pair", i);
+      } else if (input.has_second) {
+        input.first = add(item_of(text, 0), "the first text of pair", i);
+        input.second = add(item_of(text, 1), "the second text of pair", i);
       } else {
-        add(text, "text", i, inputs_[i].first);
+        input.first = add(text, "text", i);
       }
     }
   }
 
-  const std::vector<Input>& get() const { return inputs_; }
+  // One text.
+  explicit Inputs(const py::object& text) : bytes_(true) {
+    batch_.inputs.emplace_back();
+    batch_.inputs[0].first = add(text, "text", 0);
+  }
+
+  ~Inputs() {
+    for (Py_buffer& buffer : buffers_) PyBuffer_Release(&buffer);
+    for (ArrowArray& array : arrays_) array.release(&array);
+  }
+  Inputs(const Inputs&) = delete;
+  Inputs& operator=(const Inputs&) = delete;
+
+  const Batch& get() const { return batch_; }
 
  private:
   // Two texts in one item: two strings, or two lists where a text is a list of words.
   bool is_pair(const py::object& item) const {
     if (!is_list(item) || py::len(item) != 2) return false;
-    return !is_split_ || is_list(py::sequence(item)[0]);
+    return !batch_.is_split || is_list(item_of(item, 0));
   }
 
-  void add(const py::object& item, const char* what, size_t index, Text& text) {
-    text.is_split = is_split_;
-    if (!is_split_) {
-      add_word(item, what, index, text);
-      return;
-    }
-    if (!is_list(item)) {
+  Span add(py::object item, const char* what, size_t index) {
+    const size_t begin = batch_.texts.size();
+    if (!batch_.is_split) {
+      add_text(std::move(item), what, index);
+    } else if (!is_list(item)) {
       throw py::type_error(std::string(what) + " " + std::to_string(index) +
                            " must be a list of words (str) when is_split_into_words is true, got " +
                            type_name(item));
+    } else {
+      for (size_t i = 0; i < py::len(item); ++i)
+        add_text(item_of(item, i), "a word of text", index);
     }
-    for (const py::handle word : item) {
-      add_word(py::reinterpret_borrow<py::object>(word), "a word of text", index, text);
+    return {begin, batch_.texts.size()};
+  }
+
+  void add_text(py::object text, const char* what, size_t index) {
+    if (PyUnicode_Check(text.ptr())) {
+      batch_.texts.push_back(view_of_str(text.ptr()));
+    } else if (bytes_ && PyObject_CheckBuffer(text.ptr())) {
+      Py_buffer buffer;
+      if (PyObject_GetBuffer(text.ptr(), &buffer, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+      buffers_.push_back(buffer);
+      batch_.texts.push_back({buffer.buf, static_cast<size_t>(buffer.len), Encoding::kBytes});
+    } else {
+      throw py::type_error(std::string(what) + " " + std::to_string(index) + " must be str" +
+                           (bytes_ ? " or bytes" : "") + ", got " + type_name(text));
+    }
+    alive_.push_back(std::move(text));
+  }
+
+  static bool is_arrow(const py::object& texts) {
+    return py::hasattr(texts, "__arrow_c_stream__") || py::hasattr(texts, "__arrow_c_array__");
+  }
+
+  // The texts of an array, or of a stream of arrays; the first of each input, or the second.
+  void add_arrow(const py::object& texts, bool second) {
+    const size_t begin = batch_.texts.size();
+    if (!is_arrow(texts)) {
+      throw py::type_error("text_pairs must be an Arrow array where texts is one, got " +
+                           type_name(texts));
+    }
+    if (py::hasattr(texts, "__arrow_c_array__")) {
+      const py::tuple capsules = texts.attr("__arrow_c_array__")();
+      const auto& schema =
+          *py::reinterpret_borrow<py::capsule>(capsules[0]).get_pointer<ArrowSchema>();
+      auto& array = *py::reinterpret_borrow<py::capsule>(capsules[1]).get_pointer<ArrowArray>();
+      add_arrow_texts(schema, array, batch_.texts);
+      alive_.push_back(capsules);  // their destructors release what they hold
+    } else {
+      const py::capsule capsule = texts.attr("__arrow_c_stream__")();
+      auto& stream = *capsule.get_pointer<ArrowArrayStream>();
+      ArrowSchema schema{};
+      check_stream(stream, stream.get_schema(&stream, &schema));
+      const std::unique_ptr<ArrowSchema, void (*)(ArrowSchema*)> free(
+          &schema, [](ArrowSchema* s) { s->release(s); });
+      while (true) {
+        ArrowArray array{};
+        check_stream(stream, stream.get_next(&stream, &array));
+        if (array.release == nullptr) break;
+        arrays_.push_back(array);
+        add_arrow_texts(schema, array, batch_.texts);
+      }
+    }
+    const size_t n = batch_.texts.size() - begin;
+    if (second && n != batch_.inputs.size()) {
+      throw py::value_error(std::to_string(batch_.inputs.size()) + " texts do not go with " +
+                            std::to_string(n) + " text_pairs");
+    }
+    batch_.inputs.resize(n);
+    for (size_t i = 0; i < n; ++i) {
+      (second ? batch_.inputs[i].second : batch_.inputs[i].first) = {begin + i, begin + i + 1};
+      batch_.inputs[i].has_second = second;
     }
   }
 
-  void add_word(const py::object& word, const char* what, size_t index, Text& text) {
-    if (!PyUnicode_Check(word.ptr())) {
-      throw py::type_error(std::string(what) + " " + std::to_string(index) + " must be str, got " +
-                           type_name(word));
-    }
-    py::ssize_t size = 0;
-    const char* data = PyUnicode_AsUTF8AndSize(word.ptr(), &size);
-    if (data == nullptr) {
-      const py::error_already_set error;
-      if (!error.matches(PyExc_UnicodeEncodeError)) throw error;
-      throw py::type_error(std::string(what) + " " + std::to_string(index) +
-                           " must be valid Unicode, got a lone surrogate: " + error.what());
-    }
-    text.words.emplace_back(data, static_cast<size_t>(size));
-    alive_.push_back(word);
+  static void check_stream(ArrowArrayStream& stream, int status) {
+    if (status == 0) return;
+    const char* why = stream.get_last_error(&stream);
+    throw py::value_error(std::string("an Arrow stream cannot be read: ") +
+                          (why != nullptr ? why : "no reason given"));
   }
 
-  bool is_split_;
-  std::vector<Input> inputs_;
+  bool bytes_;
+  Batch batch_;
   std::vector<py::object> alive_;
+  std::vector<Py_buffer> buffers_;
+  std::vector<ArrowArray> arrays_;
 };
 
-Truncation to_truncation(const std::string& name) {
-  if (name == "do_not_truncate") return Truncation::kNone;
-  if (name == "longest_first") return Truncation::kLongestFirst;
-  if (name == "only_first") return Truncation::kOnlyFirst;
-  if (name == "only_second") return Truncation::kOnlySecond;
-  throw py::value_error(
-      "truncation must be 'longest_first', 'only_first', 'only_second' or 'do_not_truncate', got "
-      "'" +
-      name + "'");
+// The one of `names` (as in the enum) that `name` is.
+template <class Enum, size_t N>
+Enum to_enum(const char* what, const std::string& name, const char* const (&names)[N]) {
+  const auto* found = std::find(std::begin(names), std::end(names), std::string_view(name));
+  if (found != std::end(names)) return static_cast<Enum>(found - names);
+  std::string wanted;
+  for (const char* one : names) wanted += std::string(wanted.empty() ? "'" : ", '") + one + "'";
+  throw py::value_error(std::string(what) + " must be one of " + wanted + ", got '" + name + "'");
 }
 
-py::dict encode(const Tokenizer& tokenizer, const py::sequence& texts, const py::object& pairs,
-                bool is_split_into_words, bool add_special_tokens, bool split_special_tokens,
-                const std::string& truncation, size_t max_length, size_t stride, bool truncate_left,
-                bool overflow, bool positions, bool details, size_t num_threads) {
-  const Inputs inputs(texts, pairs, is_split_into_words);
+Truncation to_truncation(const std::string& name) {
+  return to_enum<Truncation>("truncation", name,
+                             {"do_not_truncate", "longest_first", "only_first", "only_second"});
+}
+
+Rows encode(const Tokenizer& tokenizer, const Inputs& inputs, const EncodeOptions& options,
+            size_t num_threads) {
+  const py::gil_scoped_release release;
+  return tokenizer.encode(inputs.get(), options, num_threads);
+}
+
+Rows encode_batch(const Tokenizer& tokenizer, const py::object& texts, const py::object& pairs,
+                  bool is_split_into_words, bool bytes, const std::string& errors,
+                  bool add_special_tokens, bool split_special_tokens, const std::string& truncation,
+                  size_t max_length, size_t stride, bool truncate_left, bool overflow, bool details,
+                  size_t num_threads) {
   EncodeOptions options;
+  options.reading = {split_special_tokens, details,
+                     to_enum<int>("errors", errors, {"strict", "replace"}) == 1};
   options.add_special_tokens = add_special_tokens;
-  options.split_special_tokens = split_special_tokens;
   options.truncation = to_truncation(truncation);
   options.max_length = max_length;
   options.stride = stride;
   options.truncate_left = truncate_left;
   options.overflow = overflow;
-  options.positions = positions;
-  options.details = details;
-  Rows rows;
-  {
+  return encode(tokenizer, Inputs(texts, pairs, is_split_into_words, bytes), options, num_threads);
+}
+
+// Calls visit(T{}) with the T that a dtype is.
+template <class Visit>
+auto with_type(const py::dtype& dtype, Visit&& visit) {
+  if (dtype.is(py::dtype::of<int64_t>()) || dtype.equal(py::dtype::of<int64_t>())) {
+    return visit(int64_t{});
+  }
+  if (dtype.equal(py::dtype::of<int32_t>())) return visit(int32_t{});
+  throw py::value_error("dtype must be int64 or int32, got " + std::string(py::str(dtype)));
+}
+
+void write(const Rows& rows, Column column, py::array out, const Layout& layout,
+           size_t num_threads) {
+  with_type(out.dtype(), [&](auto zero) {
+    using T = decltype(zero);
+    T* data = static_cast<T*>(out.mutable_data());
     const py::gil_scoped_release release;
-    rows = tokenizer.encode(inputs.get(), options, num_threads);
+    rows.write(column, layout, num_threads, data);
+  });
+}
+
+Column to_column(const std::string& name) {
+  return to_enum<Column>(
+      "column", name,
+      {"ids", "type_ids", "positions", "mask", "special", "spans", "words", "sequences"});
+}
+
+py::array offsets(const Rows& rows, size_t length, const py::dtype& dtype) {
+  py::array out(dtype, std::vector<py::ssize_t>{static_cast<py::ssize_t>(rows.n_rows() + 1)});
+  with_type(dtype, [&](auto zero) {
+    rows.write_offsets(Layout{length}, static_cast<decltype(zero)*>(out.mutable_data()));
+  });
+  return out;
+}
+
+// How many tokens a layout has room for.
+size_t n_places(const Rows& rows, const Layout& layout) {
+  if (layout.length == 0) return rows.n_tokens();
+  std::vector<int64_t> ends(rows.n_rows() + 1);
+  rows.write_offsets(layout, ends.data());
+  return static_cast<size_t>(ends.back());
+}
+
+py::array column(const Rows& rows, const std::string& name, const py::dtype& dtype, size_t length,
+                 int64_t fill, bool fill_left, size_t num_threads) {
+  const Layout layout{length, fill, fill_left};
+  const Column column = to_column(name);
+  std::vector<py::ssize_t> shape{static_cast<py::ssize_t>(n_places(rows, layout))};
+  if (column == Column::kSpans) shape.push_back(2);
+  py::array out(dtype, shape);
+  write(rows, column, out, layout, num_threads);
+  return out;
+}
+
+void write_into(const Rows& rows, const std::string& name, py::array out, size_t num_threads) {
+  const Column column = to_column(name);
+  const size_t wanted = rows.n_tokens() * (column == Column::kSpans ? 2 : 1);
+  if (static_cast<size_t>(out.size()) != wanted || !(out.flags() & py::array::c_style)) {
+    throw py::value_error("out must be contiguous and have " + std::to_string(wanted) +
+                          " elements, got " + std::to_string(out.size()));
   }
-  py::dict result;
-  result["ids"] = to_array(std::move(rows.ids));
-  result["type_ids"] = to_array(std::move(rows.type_ids));
-  result["offsets"] = to_array(std::move(rows.offsets));
-  result["samples"] = to_array(std::move(rows.samples));
-  if (positions) result["position_ids"] = to_array(std::move(rows.position_ids));
-  if (details) {
-    result["spans"] = to_array(std::move(rows.spans));
-    result["words"] = to_array(std::move(rows.words));
-    result["sequences"] = to_array(std::move(rows.sequences));
-    py::dict matched;
-    for (const auto& [index, text] : rows.matched) matched[py::int_(index)] = text;
-    result["matched"] = matched;
-  }
-  return result;
+  write(rows, column, std::move(out), Layout{}, num_threads);
+}
+
+template <class T>
+py::array_t<T> owned(size_t n) {
+  return py::array_t<T>(static_cast<py::ssize_t>(n));
+}
+
+// One call from texts to arrays, with as little in between as can be: for single queries.
+py::tuple encode_arrays(const Tokenizer& tokenizer, const py::object& texts,
+                        const py::object& pairs, size_t max_length, const std::string& truncation,
+                        bool split_special_tokens, bool truncate_left, bool details,
+                        size_t num_threads) {
+  EncodeOptions options;
+  options.reading = {split_special_tokens, details, false};
+  options.truncation = to_truncation(truncation);
+  options.max_length = max_length;
+  options.truncate_left = truncate_left;
+  const bool single = PyUnicode_Check(texts.ptr()) && pairs.is_none();
+  const auto inputs = single ? std::make_unique<Inputs>(texts)
+                             : std::make_unique<Inputs>(texts, pairs, false, true);
+  const Rows rows = encode(tokenizer, *inputs, options, num_threads);
+  py::array_t<int64_t> ids = owned<int64_t>(rows.n_tokens());
+  py::array_t<int32_t> cu_seqlens = owned<int32_t>(rows.n_rows() + 1);
+  rows.write_offsets({}, cu_seqlens.mutable_data());
+  rows.write(Column::kIds, {}, num_threads, ids.mutable_data());
+  if (!details) return py::make_tuple(std::move(ids), std::move(cu_seqlens));
+  return py::make_tuple(std::move(ids), std::move(cu_seqlens),
+                        column(rows, "spans", py::dtype::of<int64_t>(), 0, 0, false, num_threads));
 }
 
 }  // namespace
@@ -154,6 +328,14 @@ py::dict encode(const Tokenizer& tokenizer, const py::sequence& texts, const py:
 PYBIND11_MODULE(_tokenizer, m) {
   using namespace fastbert;
   m.doc() = "WordPiece tokenization in C++; fastbert.tokenizer is its interface.";
+
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const LoneSurrogate& lone) {
+      PyErr_SetString(PyExc_TypeError, lone.what());
+    }
+  });
 
   py::class_<WordPiece, std::shared_ptr<WordPiece>>(m, "WordPiece")
       .def(py::init<const std::vector<std::pair<std::string, int32_t>>&, const std::string&>(),
@@ -164,21 +346,44 @@ PYBIND11_MODULE(_tokenizer, m) {
            py::arg("content"), py::arg("id"), py::arg("single_word"), py::arg("lstrip"),
            py::arg("rstrip"), py::arg("normalized"), py::arg("special"));
 
+  const py::object int64 = py::dtype::of<int64_t>();
+  py::class_<Rows>(m, "Rows")
+      .def_property_readonly("n_rows", &Rows::n_rows)
+      .def_property_readonly("n_tokens", &Rows::n_tokens)
+      .def_property_readonly("has_pairs", &Rows::has_pairs)
+      .def("longest", &Rows::longest, py::arg("windows"))
+      .def("offsets", &offsets, py::arg("length") = 0, py::kw_only(), py::arg("dtype") = int64)
+      .def("samples",
+           [](const Rows& rows) {
+             py::array_t<int64_t> out = owned<int64_t>(rows.n_rows());
+             rows.write_samples(out.mutable_data());
+             return out;
+           })
+      .def("column", &column, py::arg("name"), py::kw_only(), py::arg("dtype") = int64,
+           py::arg("length") = 0, py::arg("fill") = 0, py::arg("fill_left") = false,
+           py::arg("num_threads") = 1)
+      .def("write", &write_into, py::arg("name"), py::arg("out"), py::kw_only(),
+           py::arg("num_threads") = 1)
+      .def("matched", &Rows::matched);
+
   py::class_<Tokenizer>(m, "Tokenizer")
       .def(py::init([](std::shared_ptr<WordPiece> pieces, bool lowercase, bool strip_accents,
-                       bool chinese_chars, std::vector<AddedToken> added, int64_t cls_id,
-                       int64_t sep_id) {
-             return Tokenizer(std::move(pieces),
-                              Normalizer(lowercase, strip_accents, chinese_chars), std::move(added),
-                              cls_id, sep_id);
+                       bool chinese_chars, const std::vector<AddedToken>& added, int32_t cls_id,
+                       int32_t sep_id) {
+             return std::make_unique<Tokenizer>(std::move(pieces),
+                                                Normalizer(lowercase, strip_accents, chinese_chars),
+                                                added, cls_id, sep_id);
            }),
            py::arg("pieces"), py::kw_only(), py::arg("lowercase"), py::arg("strip_accents"),
            py::arg("chinese_chars"), py::arg("added"), py::arg("cls_id"), py::arg("sep_id"))
       .def("normalize", &Tokenizer::normalize, py::arg("text"))
-      .def("encode", &encode, py::arg("texts"), py::arg("pairs") = py::none(), py::kw_only(),
-           py::arg("is_split_into_words") = false, py::arg("add_special_tokens") = true,
+      .def("encode", &encode_batch, py::arg("texts"), py::arg("pairs") = py::none(), py::kw_only(),
+           py::arg("is_split_into_words") = false, py::arg("bytes") = false,
+           py::arg("errors") = "strict", py::arg("add_special_tokens") = true,
            py::arg("split_special_tokens") = false, py::arg("truncation") = "do_not_truncate",
            py::arg("max_length") = 0, py::arg("stride") = 0, py::arg("truncate_left") = false,
-           py::arg("overflow") = false, py::arg("positions") = false, py::arg("details") = false,
-           py::arg("num_threads") = 1);
+           py::arg("overflow") = false, py::arg("details") = false, py::arg("num_threads") = 0)
+      .def("encode_arrays", &encode_arrays, py::arg("texts"), py::arg("pairs"),
+           py::arg("max_length"), py::arg("truncation"), py::arg("split_special_tokens"),
+           py::arg("truncate_left"), py::arg("details"), py::arg("num_threads"));
 }

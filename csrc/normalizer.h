@@ -28,6 +28,11 @@ class Normalizer {
   // The same, with `out.source`.
   void normalize_aligned(std::string_view text, Normalized& out) const;
 
+  bool lowers() const { return lower_; }
+
+  // The CharFlags that these options act on: a character without them is copied.
+  uint8_t relevant() const { return relevant_; }
+
  private:
   template <bool kAligned>
   class Run;
@@ -35,7 +40,7 @@ class Normalizer {
   char ascii_[128];  // what becomes of an ASCII character: 0 if removed
   bool strip_;
   bool lower_;
-  uint8_t relevant_;  // CharFlags that these options act on; a character without them is copied
+  uint8_t relevant_;
 };
 
 }  // namespace fastbert

@@ -1,87 +1,78 @@
-// Texts to ids: added tokens, words, pieces, then [CLS] A [SEP] or [CLS] A [SEP] B [SEP].
+// Texts to rows of tokens: [CLS] A [SEP] or [CLS] A [SEP] B [SEP], cut to a length.
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
-#include "added_tokens.h"
-#include "normalizer.h"
+#include "encoder.h"
+#include "rows.h"
+#include "text.h"
 #include "truncation.h"
-#include "wordpiece.h"
 
 namespace fastbert {
 
 struct EncodeOptions {
+  Reading reading;
   bool add_special_tokens = true;
-  bool split_special_tokens = false;  // take special tokens in a text for plain text
   Truncation truncation = Truncation::kNone;
   size_t max_length = 0;
   size_t stride = 0;           // tokens that a window shares with the one before it
   bool truncate_left = false;  // keep the end of a text
   bool overflow = false;       // a row for each window of a text, not only for the first
-  bool positions = false;      // fill Rows::position_ids
-  bool details = false;        // fill the last four of Rows
 };
 
-// A text as it is, one word; or a text that was split into words elsewhere.
-struct Text {
-  std::vector<std::string_view> words;
-  bool is_split = false;
+// Some texts of a batch: one if they are not split into words.
+struct Span {
+  size_t begin = 0, end = 0;
 };
 
 struct Input {
-  Text first;
-  Text second;
+  Span first;
+  Span second;
   bool has_second = false;
 };
 
-// Rows of tokens, laid end to end.
-struct Rows {
-  std::vector<int64_t> ids;
-  std::vector<int64_t> type_ids;
-  std::vector<int64_t> position_ids;
-  std::vector<int64_t> offsets{0};  // row i is tokens offsets[i] to offsets[i + 1]
-  std::vector<int64_t> samples;     // the input that each row is from
-
-  // For each token: the characters [begin, end) that it stands for, two numbers; the number of its
-  // word; the text it is from, 0 or 1. The last two are -1 for the template's [CLS] and [SEP].
-  std::vector<int64_t> spans;
-  std::vector<int64_t> words;
-  std::vector<int64_t> sequences;
-  // What an added token matched, where that is not the token itself: (index of the token, text).
-  std::vector<std::pair<size_t, std::string>> matched;
-
-  void append(const Rows& other);
+struct Batch {
+  std::vector<Text> texts;
+  std::vector<Input> inputs;
+  bool is_split = false;  // each text is a word of an input
 };
 
-// All of it is safe to call from many threads.
+// A text that cannot be read: std::invalid_argument or LoneSurrogate with the number of the input.
+// All of it is safe to call from many threads, and after fork().
 class Tokenizer {
  public:
   // `added` are tokens that are found in the text before it is split into words.
   Tokenizer(std::shared_ptr<const WordPiece> pieces, const Normalizer& normalizer,
-            std::vector<AddedToken> added, int64_t cls_id, int64_t sep_id);
+            const std::vector<AddedToken>& added, int32_t cls_id, int32_t sep_id);
+  ~Tokenizer();
+  Tokenizer(const Tokenizer&) = delete;
+  Tokenizer& operator=(const Tokenizer&) = delete;
 
-  // The rows of all inputs, in order, whatever the number of threads.
-  // Throws std::invalid_argument where a text cannot be truncated as asked for.
-  Rows encode(const std::vector<Input>& inputs, const EncodeOptions& options,
-              size_t n_threads) const;
+  // The rows of all inputs, in order, whatever the number of threads; 0 for as many as there are
+  // CPUs. Throws std::invalid_argument where a text cannot be truncated as asked for, and what
+  // to_utf8 throws.
+  Rows encode(const Batch& batch, const EncodeOptions& options, size_t n_threads) const;
 
   // What is split into words: `text` in the form that normalised added tokens are looked for.
   std::string normalize(std::string_view text) const;
 
  private:
-  class Encoder;
+  class RowMaker;
 
-  std::shared_ptr<const WordPiece> pieces_;
-  Normalizer normalizer_;
-  AddedTokens raw_added_;         // found in the text as it is
-  AddedTokens normalized_added_;  // found in the normalised text
-  int64_t cls_id_;
-  int64_t sep_id_;
+  std::unique_ptr<Encoder> borrow() const;
+  void give_back(std::unique_ptr<Encoder> encoder) const;
+
+  Knowledge knowledge_;
+  int32_t cls_id_;
+  int32_t sep_id_;
+  // Encoders that nobody uses. Slots instead of a lock: a lock could be held when a process forks.
+  mutable std::array<std::atomic<Encoder*>, 16> idle_{};
 };
 
 }  // namespace fastbert

@@ -43,7 +43,7 @@ bool WordPiece::split(std::string_view word, OnPiece&& on_piece) const {
   return true;
 }
 
-void WordPiece::encode(std::string_view word, std::vector<int64_t>& ids) const {
+void WordPiece::encode(std::string_view word, Ints& ids) const {
   const size_t n_before = ids.size();
   if (!split(word, [&](int32_t id, size_t) { ids.push_back(id); })) {
     ids.resize(n_before);
@@ -51,12 +51,11 @@ void WordPiece::encode(std::string_view word, std::vector<int64_t>& ids) const {
   }
 }
 
-void WordPiece::encode(std::string_view word, std::vector<int64_t>& ids,
-                       std::vector<size_t>& ends) const {
+void WordPiece::encode(std::string_view word, Ints& ids, Ints& ends) const {
   const size_t n_before = ids.size();
   const auto add = [&](int32_t id, size_t end) {
     ids.push_back(id);
-    ends.push_back(end);
+    ends.push_back(static_cast<int32_t>(end));
   };
   if (!split(word, add)) {
     ends.resize(ends.size() - (ids.size() - n_before));

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "ints.h"
 #include "trie.h"
 
 namespace fastbert {
@@ -25,10 +26,10 @@ class WordPiece {
   WordPiece(const std::vector<std::pair<std::string, int32_t>>& vocab, const std::string& unknown);
 
   // Appends the ids of `word` (UTF-8, normalised, no white space, not empty) to `ids`.
-  void encode(std::string_view word, std::vector<int64_t>& ids) const;
+  void encode(std::string_view word, Ints& ids) const;
 
   // The same, and appends the byte of `word` at which each piece ends to `ends`.
-  void encode(std::string_view word, std::vector<int64_t>& ids, std::vector<size_t>& ends) const;
+  void encode(std::string_view word, Ints& ids, Ints& ends) const;
 
  private:
   template <class OnPiece>

@@ -1,23 +1,31 @@
 """What csrc/bindings.cpp offers; fastbert.tokenizer is its interface."""
 
-from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-class Rows(TypedDict):
-    """Rows of tokens laid end to end; all arrays are int64. See `Rows` in csrc/tokenizer.h."""
+class Rows:
+    """Rows of tokens as they are made; columns of them are written in layouts. See csrc/rows.h."""
 
-    ids: NDArray[np.int64]
-    type_ids: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    samples: NDArray[np.int64]
-    position_ids: NotRequired[NDArray[np.int64]]
-    spans: NotRequired[NDArray[np.int64]]
-    words: NotRequired[NDArray[np.int64]]
-    sequences: NotRequired[NDArray[np.int64]]
-    matched: NotRequired[dict[int, str]]
+    n_rows: int
+    n_tokens: int
+    has_pairs: bool
+    def longest(self, windows: bool) -> int: ...
+    def offsets(self, length: int = 0, *, dtype: np.dtype[Any] = ...) -> NDArray[Any]: ...
+    def samples(self) -> NDArray[np.int64]: ...
+    def column(
+        self,
+        name: str,
+        *,
+        dtype: np.dtype[Any] = ...,
+        length: int = 0,
+        fill: int = 0,
+        fill_left: bool = False,
+        num_threads: int = 1,
+    ) -> NDArray[Any]: ...
+    def write(self, name: str, out: NDArray[Any], *, num_threads: int = 1) -> None: ...
+    def matched(self) -> list[tuple[int, str]]: ...
 
 class WordPiece:
     def __init__(self, vocab: list[tuple[str, int]], unknown: str) -> None: ...
@@ -50,10 +58,12 @@ class Tokenizer:
     def normalize(self, text: str) -> str: ...
     def encode(
         self,
-        texts: Sequence[object],
-        pairs: Sequence[object] | None = None,
+        texts: object,
+        pairs: object = None,
         *,
         is_split_into_words: bool = False,
+        bytes: bool = False,
+        errors: str = "strict",
         add_special_tokens: bool = True,
         split_special_tokens: bool = False,
         truncation: str = "do_not_truncate",
@@ -61,7 +71,17 @@ class Tokenizer:
         stride: int = 0,
         truncate_left: bool = False,
         overflow: bool = False,
-        positions: bool = False,
         details: bool = False,
-        num_threads: int = 1,
+        num_threads: int = 0,
     ) -> Rows: ...
+    def encode_arrays(
+        self,
+        texts: object,
+        pairs: object,
+        max_length: int,
+        truncation: str,
+        split_special_tokens: bool,
+        truncate_left: bool,
+        details: bool,
+        num_threads: int,
+    ) -> tuple[NDArray[Any], ...]: ...

@@ -196,51 +196,40 @@ def _row_and_index(first: int, second: int | None) -> tuple[int, int]:
     return (0, first) if second is None else (first, second)
 
 
-class Padding:
+class Layout:
     """Where the tokens of rows go when rows are padded."""
 
     def __init__(self, rows: Rows, target: int | None, multiple: int | None, left: bool) -> None:
         """target: the length to pad to, 0 for none, None for the longest of the first rows."""
-        before = np.diff(rows["offsets"])
         if target is None:  # windows that overflowed have no say
-            target = int(before[np.diff(rows["samples"], prepend=-1) != 0].max())
+            target = rows.longest(windows=False)
         if multiple and target:
             target = -(-target // multiple) * multiple
-        self.lengths = np.maximum(before, target)
-        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        self._index: NDArray[np.int64] | None = None
-        if (self.lengths != before).any():
-            starts = self.offsets[1:] - before if left else self.offsets[:-1]
-            shifts = np.repeat(starts - rows["offsets"][:-1], before)
-            self._index = np.arange(rows["ids"].size) + shifts
+        self._rows, self._target, self._left = rows, target, left
+        self.offsets = rows.offsets(target)
+        self.lengths = np.diff(self.offsets)
 
-    def _pad(self, values: NDArray[np.int64], fill: int | None) -> NDArray[np.int64]:
-        """Values of all tokens, (n_tokens, ...), with `fill` between them."""
-        if self._index is None:
-            return values
-        padded = np.full((self.offsets[-1], *values.shape[1:]), fill, np.int64)
-        padded[self._index] = values
-        return padded
+    def flat(self, column: str, fill: int) -> NDArray[np.int64]:
+        """Values of all tokens, (n_places, ...), with `fill` where padding is."""
+        return self._rows.column(column, length=self._target, fill=fill, fill_left=self._left)
 
-    def lists(self, values: NDArray[np.int64], fill: int | None) -> list[list[Any]]:
-        """Padded values as one list for each row."""
-        padded = self._pad(values, fill).tolist()
-        items = padded if values.ndim == 1 else list(map(tuple, padded))
+    def lists(self, values: NDArray[Any]) -> list[list[Any]]:
+        """Values of all places as one list for each row."""
+        flat = values.tolist()
+        items = flat if values.ndim == 1 else list(map(tuple, flat))
         return [items[a:b] for a, b in itertools.pairwise(self.offsets.tolist())]
 
-    def rows(
-        self, name: str, values: NDArray[np.int64], fill: int | None, tensors: str | None
-    ) -> Any:
+    def rows(self, name: str, column: str, fill: int, tensors: str | None) -> Any:
         """Padded values as lists, or as an array or tensor (n_rows, length, ...)."""
+        values = self.flat(column, fill)
         if tensors is None:
-            return self.lists(values, fill)
-        padded = self._pad(values, fill)
+            return self.lists(values)
         if (self.lengths == self.lengths[0]).all():
             shape = len(self.lengths), self.lengths[0], *values.shape[1:]
-            return as_tensor(padded.reshape(shape), tensors)
+            return as_tensor(values.reshape(shape), tensors)
         if tensors == "np":
             array = np.empty(len(self.lengths), dtype=object)
-            array[:] = np.split(padded, self.offsets[1:-1])
+            array[:] = np.split(values, self.offsets[1:-1])
             return array
         raise ValueError(
             f"{name} has rows of {self.lengths.min()} to {self.lengths.max()} tokens: rows of "
@@ -259,42 +248,54 @@ def as_tensor(array: NDArray[np.int64], tensors: str | None) -> Any:
     return torch.from_numpy(array)
 
 
-def as_packed(rows: Rows) -> PackedBatch:
-    """rows: encoded with positions."""
+def as_packed(
+    rows: Rows, dtype: torch.dtype | None, pin_memory: bool, num_threads: int
+) -> PackedBatch:
+    """The rows end to end, written once where the tensors are."""
     import torch
 
     from fastbert.packing import PackedBatch
 
-    offsets = rows["offsets"]
-    if offsets[-1] >= 2**31:
-        raise ValueError(f"a packed batch holds less than 2**31 tokens, got {offsets[-1]}")
-    return PackedBatch(
-        torch.from_numpy(rows["ids"]),
-        torch.from_numpy(rows["type_ids"]),
-        torch.from_numpy(rows["position_ids"]),
-        torch.from_numpy(offsets.astype(np.int32)),
-        int(np.diff(offsets).max(initial=0)),
-    )
+    if rows.n_tokens >= 2**31:
+        raise ValueError(f"a packed batch holds less than 2**31 tokens, got {rows.n_tokens}")
+    dtype = torch.int64 if dtype is None else dtype
+    if dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"dtype must be torch.int64 or torch.int32, got {dtype}")
+    shape = 3, rows.n_tokens
+    if pin_memory:
+        buffer = torch.empty(shape, dtype=dtype, pin_memory=True).numpy()
+    else:  # zeros that nobody has looked at take no memory
+        buffer = np.zeros(shape, np.int64 if dtype == torch.int64 else np.int32)
+    ids, type_ids, positions = torch.from_numpy(buffer)
+    for column, out in zip(("ids", "type_ids", "positions"), buffer, strict=True):
+        if column != "type_ids" or rows.has_pairs or pin_memory:
+            rows.write(column, out, num_threads=num_threads)
+    cu_seqlens = torch.from_numpy(rows.offsets(dtype=np.dtype(np.int32)))
+    return PackedBatch(ids, type_ids, positions, cu_seqlens, rows.longest(windows=True))
+
+
+def is_arrow(texts: Any) -> bool:
+    """Whether these are an Arrow array, or a stream of some."""
+    return hasattr(texts, "__arrow_c_array__") or hasattr(texts, "__arrow_c_stream__")
 
 
 def find_details(
-    rows: Rows, layout: Padding, tokens: dict[int, str], pad_token: str | None
+    rows: Rows, layout: Layout, tokens: dict[int, str], pad_token: str | None
 ) -> Details:
     """rows: encoded with details. tokens: by id."""
 
-    def none_if_special(values: NDArray[np.int64]) -> list[list[int | None]]:
-        lists = layout.lists(values, -1)
+    def none_if_special(column: str) -> list[list[int | None]]:
+        lists = layout.lists(layout.flat(column, -1))
         return [[None if value < 0 else value for value in row] for row in lists]
 
-    strings = [tokens[id] for id in rows["ids"].tolist()]
-    for index, text in rows["matched"].items():
-        strings[index] = text
-    # Strings go where their numbers go; padding is number -1, the last.
-    strings.append(str(pad_token))
-    places = layout.lists(np.arange(rows["ids"].size), -1)
+    ids = layout.flat("ids", -1).tolist()
+    strings = [str(pad_token) if id < 0 else tokens[id] for id in ids]
+    places = np.flatnonzero(layout.flat("mask", 0))
+    for index, text in rows.matched():
+        strings[places[index]] = text
     return Details(
-        tokens=[[strings[place] for place in row] for row in places],
-        spans=layout.lists(rows["spans"].reshape(-1, 2), 0),
-        words=none_if_special(rows["words"]),
-        sequences=none_if_special(rows["sequences"]),
+        tokens=[strings[a:b] for a, b in itertools.pairwise(layout.offsets.tolist())],
+        spans=layout.lists(layout.flat("spans", 0)),
+        words=none_if_special("words"),
+        sequences=none_if_special("sequences"),
     )

@@ -10,20 +10,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 from numpy.typing import NDArray
 
 from fastbert import _tokenizer, tokenizer_files
 from fastbert.encoding import (
     BatchEncoding,
     Details,
-    Padding,
+    Layout,
     as_packed,
     as_tensor,
     check_lengths,
     check_texts,
     copied,
     find_details,
+    is_arrow,
     one_of,
     padding_strategy,
     truncation_strategy,
@@ -31,6 +31,8 @@ from fastbert.encoding import (
 from fastbert.tokenizer_files import SPECIAL_NAMES, AddedToken
 
 if TYPE_CHECKING:
+    import torch
+
     from fastbert.packing import PackedBatch
 
 Texts = str | Sequence[str] | Sequence[Sequence[str]] | Sequence[Sequence[Sequence[str]]]
@@ -373,7 +375,7 @@ class BertTokenizer:
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
         texts, pairs = copied(texts), copied(pairs)
 
-        def encode(details: bool) -> tuple[_tokenizer.Rows, Padding]:
+        def encode(details: bool) -> tuple[_tokenizer.Rows, Layout]:
             rows = core.encode(
                 texts,
                 pairs,
@@ -386,35 +388,32 @@ class BertTokenizer:
                 truncate_left=truncate_left,
                 overflow=return_overflowing_tokens,
                 details=details,
-                num_threads=_n_cpus(),
             )
             target = length if pad_to == "max_length" else None if pad_to == "longest" else 0
-            return rows, Padding(rows, target, pad_to_multiple_of, side == "left")
+            return rows, Layout(rows, target, pad_to_multiple_of, side == "left")
 
         def details() -> Details:
             return find_details(*encode(details=True), tokens, pad_token)
 
-        rows, layout = encode(return_special_tokens_mask or return_offsets_mapping)
-        # By name: values of tokens, and what padding has in their place.
-        columns: dict[str, tuple[NDArray[np.int64], int | None]] = {
-            "input_ids": (rows["ids"], self.pad_token_id)
-        }
+        rows, layout = encode(return_offsets_mapping)
+        # By name: the column of the rows, and what padding has in its place.
+        columns = {"input_ids": ("ids", self.pad_token_id)}
         if return_token_type_ids:
-            columns["token_type_ids"] = rows["type_ids"], 0
+            columns["token_type_ids"] = "type_ids", 0
         if return_attention_mask:
-            columns["attention_mask"] = np.ones_like(rows["ids"]), 0
+            columns["attention_mask"] = "mask", 0
         if return_special_tokens_mask:
-            columns["special_tokens_mask"] = (rows["sequences"] < 0).astype(np.int64), 1
+            columns["special_tokens_mask"] = "special", 1
         if return_offsets_mapping:
-            columns["offset_mapping"] = rows["spans"].reshape(-1, 2), 0
+            columns["offset_mapping"] = "spans", 0
         data: dict[str, Any] = {
-            name: layout.rows(name, values, fill, return_tensors)
-            for name, (values, fill) in columns.items()
+            name: layout.rows(name, column, fill or 0, return_tensors)
+            for name, (column, fill) in columns.items()
         }
         if return_length:
             data["length"] = as_tensor(layout.lengths, return_tensors)
         if return_overflowing_tokens:
-            data["overflow_to_sample_mapping"] = as_tensor(rows["samples"], return_tensors)
+            data["overflow_to_sample_mapping"] = as_tensor(rows.samples(), return_tensors)
         elif not batched and return_tensors is None:
             data.update({name: data[name][0] for name in columns})
         return BatchEncoding(data, details)
@@ -431,39 +430,85 @@ class BertTokenizer:
 
     def pack(
         self,
-        texts: Sequence[str],
-        text_pairs: Sequence[str] | None = None,
+        texts: Any,
+        text_pairs: Any = None,
         *,
         max_length: int = 512,
         truncation: bool | str = "longest_first",
         num_threads: int | None = None,
+        dtype: torch.dtype | None = None,
+        pin_memory: bool = False,
+        errors: str = "strict",
     ) -> PackedBatch:
         """Encode a batch of texts, or of pairs, without padding; no texts give an empty batch.
 
-        num_threads: None for as many as there are CPUs for this process.
+        texts, text_pairs: lists of str, of bytes or memoryview (UTF-8), or Arrow string arrays
+        (whatever has `__arrow_c_array__` or `__arrow_c_stream__`); none of them is copied.
+        num_threads: None for as many as there are CPUs for this process. dtype: torch.int64 (None)
+        or torch.int32. pin_memory: for `to(device, non_blocking=True)`. errors: bytes that are not
+        UTF-8 are refused ("strict") or become U+FFFD ("replace"). All token tensors are rows of one
+        (3, n_tokens) buffer.
         """
-        for name, value in (("texts", texts), ("text_pairs", text_pairs)):
-            if not isinstance(value, list | tuple) and not (value is None and name != "texts"):
-                raise TypeError(f"{name} must be a list of str, got {type(value).__name__}")
-        if text_pairs is not None and len(texts) != len(text_pairs):
-            raise ValueError(f"{len(texts)} texts do not go with {len(text_pairs)} text_pairs")
-        strategy = truncation_strategy(truncation)
-        if max_length < self.num_special_tokens_to_add(pair=True):
-            raise ValueError(f"max_length must leave room for [CLS] and [SEP], got {max_length}")
-        n_threads = _n_cpus() if num_threads is None else num_threads
-        if n_threads < 1:
-            raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+        self._check_pack(texts, text_pairs, max_length, num_threads)
         rows = self._core.encode(
             texts,
             text_pairs,
+            bytes=True,
+            errors=errors,
             split_special_tokens=self.split_special_tokens,
-            truncation=strategy,
+            truncation=truncation_strategy(truncation),
             max_length=max_length,
             truncate_left=self.truncation_side == "left",
-            positions=True,
-            num_threads=n_threads,
+            num_threads=num_threads or 0,
         )
-        return as_packed(rows)
+        return as_packed(rows, dtype, pin_memory, num_threads or 0)
+
+    def encode_arrays(
+        self,
+        texts: Any,
+        text_pairs: Any = None,
+        *,
+        max_length: int = 512,
+        truncation: bool | str = "longest_first",
+        offsets: bool = False,
+        num_threads: int | None = None,
+    ) -> tuple[NDArray[Any], ...]:
+        """`pack` without torch, and with little in front of the C++ code: for single queries.
+
+        texts: also one str. Gives input_ids, (n_tokens,) int64, and cu_seqlens, (n_texts + 1,)
+        int32; with `offsets` also the characters that each token stands for, (n_tokens, 2) int64.
+        """
+        if truncation != "longest_first":
+            truncation = truncation_strategy(truncation)
+        if not isinstance(texts, str) or text_pairs is not None or max_length < 3:
+            self._check_pack(texts, text_pairs, max_length, num_threads)
+        return self._core.encode_arrays(
+            texts,
+            text_pairs,
+            max_length,
+            truncation,
+            self.split_special_tokens,
+            self.truncation_side == "left",
+            offsets,
+            num_threads or 0,
+        )
+
+    def _check_pack(
+        self, texts: Any, text_pairs: Any, max_length: int, num_threads: int | None
+    ) -> None:
+        for name, value in (("texts", texts), ("text_pairs", text_pairs)):
+            if not (isinstance(value, list | tuple) or is_arrow(value)) and not (
+                value is None and name != "texts"
+            ):
+                raise TypeError(
+                    f"{name} must be a list of str or an Arrow array, got {type(value).__name__}"
+                )
+        if text_pairs is not None and not is_arrow(texts) and len(texts) != len(text_pairs):
+            raise ValueError(f"{len(texts)} texts do not go with {len(text_pairs)} text_pairs")
+        if max_length < self.num_special_tokens_to_add(pair=True):
+            raise ValueError(f"max_length must leave room for [CLS] and [SEP], got {max_length}")
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1, got {num_threads}")
 
     # ---- Ids to text
 
@@ -580,12 +625,6 @@ class BertTokenizer:
             config, self._vocab, added, self._unknown, self._cls_sep
         )
         return tokenizer_files.write_files(Path(save_directory), config, saved)
-
-
-def _n_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _clean_up(text: str) -> str:

@@ -221,7 +221,7 @@ def test_pack_edges(uncased):
     empty = ours.pack([])
     assert len(empty) == 0 and empty.input_ids.numel() == 0 and empty.max_seqlen == 0
     assert ours.pack([""]).input_ids.tolist() == [ours.cls_token_id, ours.sep_token_id]
-    with pytest.raises(TypeError, match="list of str, got str"):
+    with pytest.raises(TypeError, match="texts must be a list of str or an Arrow array, got str"):
         ours.pack("one")
     with pytest.raises(TypeError, match="text 1 must be str, got NoneType"):
         ours.pack(["one", None])

@@ -1,0 +1,28 @@
+// Text in blocks of 64 bytes: where words can end, and what is more than plain ASCII.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastbert {
+
+constexpr size_t kBlock = 64;
+
+// Bit i is about byte i. No bit in either: an ASCII letter or digit.
+struct Block {
+  uint64_t boundary;  // ASCII white space or punctuation
+  uint64_t other;     // not ASCII, or a control character, which is removed
+};
+
+// Looks at the `size` bytes of `text` in size / 64 + 1 blocks. What follows them in the last one
+// counts as one boundary, then nothing. Copies the text to `copy`, ASCII in lower case if `lower`,
+// and spaces behind it, up to the end of the last block.
+using Classify = void (*)(const char* text, size_t size, bool lower, char* copy, Block* blocks);
+
+// The fastest one that this CPU runs. All do the same.
+Classify best_classify();
+
+// For tests: by name, "plain" or "avx2"; nullptr where this CPU does not run it.
+Classify find_classify(const char* name);
+
+}  // namespace fastbert

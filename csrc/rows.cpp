@@ -1,0 +1,132 @@
+#include "rows.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "thread_pool.h"
+
+namespace fastbert {
+
+Rows::Rows(std::vector<Part> parts, bool has_specials)
+    : parts_(std::move(parts)), has_specials_(has_specials) {
+  for (const Part& part : parts_) {
+    n_rows_ += part.rows.size();
+    n_tokens_ += part.tokens.ids.size();
+  }
+}
+
+bool Rows::has_pairs() const {
+  return std::any_of(parts_.begin(), parts_.end(), [](const Part& part) {
+    for (size_t i = 0; i < part.rows.size(); ++i) {
+      if (part.rows[i].second != part.end_of(i)) return true;
+    }
+    return false;
+  });
+}
+
+size_t Rows::longest(bool windows) const {
+  size_t most = 0;
+  for (const Part& part : parts_) {
+    for (size_t i = 0; i < part.rows.size(); ++i) {
+      const bool is_first = i == 0 || part.rows[i].sample != part.rows[i - 1].sample;
+      if (windows || is_first) most = std::max(most, part.end_of(i) - part.rows[i].begin);
+    }
+  }
+  return most;
+}
+
+template <class T>
+void Rows::write_offsets(const Layout& layout, T* out) const {
+  size_t at = 0;
+  *out++ = 0;
+  for (const Part& part : parts_) {
+    for (size_t i = 0; i < part.rows.size(); ++i) {
+      at += std::max(layout.length, part.end_of(i) - part.rows[i].begin);
+      *out++ = static_cast<T>(at);
+    }
+  }
+}
+
+void Rows::write_samples(int64_t* out) const {
+  for (const Part& part : parts_) {
+    for (const Row& row : part.rows) *out++ = row.sample;
+  }
+}
+
+template <class T>
+void Rows::write_part(Column column, const Layout& layout, const Part& part, T* out) const {
+  const size_t width = column == Column::kSpans ? 2 : 1;
+  for (size_t i = 0; i < part.rows.size(); ++i) {
+    const Row& row = part.rows[i];
+    const size_t end = part.end_of(i);
+    const size_t n = end - row.begin;
+    const size_t n_fill = width * (layout.length - std::min(layout.length, n));
+    if (layout.fill_left) out = std::fill_n(out, n_fill, static_cast<T>(layout.fill));
+    const size_t second = row.second - row.begin;
+    switch (column) {
+      case Column::kIds:
+        std::copy_n(part.tokens.ids.data() + row.begin, n, out);
+        break;
+      case Column::kTypeIds:
+        std::fill(std::fill_n(out, second, T{0}), out + n, T{1});
+        break;
+      case Column::kPositions:
+        std::iota(out, out + n, T{0});
+        break;
+      case Column::kMask:
+        std::fill_n(out, n, T{1});
+        break;
+      case Column::kSpans:
+        std::copy_n(part.tokens.spans.data() + 2 * row.begin, 2 * n, out);
+        break;
+      case Column::kWords:
+        std::copy_n(part.tokens.words.data() + row.begin, n, out);
+        break;
+      case Column::kSpecial:
+      case Column::kSequences: {
+        const bool special = column == Column::kSpecial;
+        std::fill(std::fill_n(out, second, T{0}), out + n, special ? T{0} : T{1});
+        if (has_specials_) {
+          out[0] = out[second - 1] = out[n - 1] = special ? T{1} : T{-1};
+        }
+        break;
+      }
+    }
+    out += width * n;
+    if (!layout.fill_left) out = std::fill_n(out, n_fill, static_cast<T>(layout.fill));
+  }
+}
+
+template <class T>
+void Rows::write(Column column, const Layout& layout, size_t n_threads, T* out) const {
+  std::vector<T*> begins;
+  for (const Part& part : parts_) {
+    begins.push_back(out);
+    size_t n = 0;
+    for (size_t i = 0; i < part.rows.size(); ++i) {
+      n += std::max(layout.length, part.end_of(i) - part.rows[i].begin);
+    }
+    out += column == Column::kSpans ? 2 * n : n;
+  }
+  ThreadPool::instance().run(parts_.size(), n_threads,
+                             [&](size_t i) { write_part(column, layout, parts_[i], begins[i]); });
+}
+
+std::vector<std::pair<size_t, std::string>> Rows::matched() const {
+  std::vector<std::pair<size_t, std::string>> result;
+  size_t n_before = 0;
+  for (const Part& part : parts_) {
+    for (const auto& [index, text] : part.tokens.matched) {
+      result.emplace_back(n_before + index, text);
+    }
+    n_before += part.tokens.ids.size();
+  }
+  return result;
+}
+
+template void Rows::write_offsets(const Layout&, int32_t*) const;
+template void Rows::write_offsets(const Layout&, int64_t*) const;
+template void Rows::write(Column, const Layout&, size_t, int32_t*) const;
+template void Rows::write(Column, const Layout&, size_t, int64_t*) const;
+
+}  // namespace fastbert

@@ -1,0 +1,127 @@
+#include "text.h"
+
+#include <cstring>
+
+#include "unicode.h"
+
+namespace fastbert {
+namespace {
+
+constexpr char32_t kReplacement = 0xFFFD;
+
+// Writes `c`, which is not ASCII, at `out`; gives the end.
+char* put(char32_t c, char* out) {
+  if (c < 0x800) {
+    *out++ = static_cast<char>(0xC0 | c >> 6);
+  } else {
+    if (c < 0x10000) {
+      *out++ = static_cast<char>(0xE0 | c >> 12);
+    } else {
+      *out++ = static_cast<char>(0xF0 | c >> 18);
+      *out++ = static_cast<char>(0x80 | (c >> 12 & 0x3F));
+    }
+    *out++ = static_cast<char>(0x80 | (c >> 6 & 0x3F));
+  }
+  *out++ = static_cast<char>(0x80 | (c & 0x3F));
+  return out;
+}
+
+template <class Unit>
+std::string_view transcode(const Unit* units, size_t size, std::string& buffer) {
+  // Bytes that one code unit can take.
+  constexpr size_t kMost = sizeof(Unit) + 1 - (sizeof(Unit) == 4);
+  if (buffer.size() < kMost * size) buffer.resize(kMost * size);
+  char* out = buffer.data();
+  for (size_t i = 0; i < size; ++i) {
+    const char32_t c = units[i];
+    if (c < 0x80) {
+      *out++ = static_cast<char>(c);
+      continue;
+    }
+    if (sizeof(Unit) > 1 && c >= 0xD800 && c < 0xE000) {
+      throw LoneSurrogate("must be valid Unicode, got a lone surrogate at character " +
+                          std::to_string(i));
+    }
+    out = put(c, out);
+  }
+  return {buffer.data(), static_cast<size_t>(out - buffer.data())};
+}
+
+// How many bytes at p belong to the character there, and whether it is whole. Of one that is not,
+// the bytes that could have begun a character count: it becomes one U+FFFD.
+struct Checked {
+  size_t size;
+  bool valid;
+};
+
+Checked check_char(const unsigned char* p, size_t left) {
+  const unsigned char lead = p[0];
+  if (lead < 0x80) return {1, true};
+  if (lead < 0xC2 || lead > 0xF4) return {1, false};
+  const size_t size = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+  // The first tail byte is bounded so that nothing is overlong, a surrogate, or over U+10FFFF.
+  const unsigned char low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+  const unsigned char high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+  for (size_t i = 1; i < size; ++i) {
+    if (i == left || p[i] < (i == 1 ? low : 0x80) || p[i] > (i == 1 ? high : 0xBF)) {
+      return {i, false};
+    }
+  }
+  return {size, true};
+}
+
+// The end of the valid characters from `at` on.
+size_t valid_until(std::string_view text, size_t at) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(text.data());
+  while (at < text.size()) {
+    uint64_t eight;
+    if (at + 8 <= text.size()) {
+      std::memcpy(&eight, bytes + at, 8);
+      if ((eight & 0x8080808080808080U) == 0) {
+        at += 8;
+        continue;
+      }
+    }
+    const Checked checked = check_char(bytes + at, text.size() - at);
+    if (!checked.valid) return at;
+    at += checked.size;
+  }
+  return at;
+}
+
+std::string_view checked(std::string_view text, bool replace, std::string& buffer) {
+  size_t at = valid_until(text, 0);
+  if (at == text.size()) return text;
+  if (!replace) {
+    throw std::invalid_argument("must be UTF-8, got bytes that are not at byte " +
+                                std::to_string(at));
+  }
+  buffer.clear();
+  for (size_t begin = 0;;) {
+    buffer.append(text.substr(begin, at - begin));
+    if (at == text.size()) return buffer;
+    append_utf8(kReplacement, buffer);
+    const auto* bytes = reinterpret_cast<const unsigned char*>(text.data());
+    begin = at + check_char(bytes + at, text.size() - at).size;
+    at = valid_until(text, begin);
+  }
+}
+
+}  // namespace
+
+std::string_view to_utf8(const Text& text, bool replace, std::string& buffer) {
+  switch (text.encoding) {
+    case Encoding::kLatin1:
+      return transcode(static_cast<const uint8_t*>(text.data), text.size, buffer);
+    case Encoding::kUcs2:
+      return transcode(static_cast<const uint16_t*>(text.data), text.size, buffer);
+    case Encoding::kUcs4:
+      return transcode(static_cast<const uint32_t*>(text.data), text.size, buffer);
+    case Encoding::kBytes:
+      return checked({static_cast<const char*>(text.data), text.size}, replace, buffer);
+    default:
+      return {static_cast<const char*>(text.data), text.size};
+  }
+}
+
+}  // namespace fastbert
