@@ -11,8 +11,8 @@
 namespace fastbert {
 namespace {
 
-// Short words fill 1 MiB, long ones half of it: a second-level cache holds the ones often met.
-constexpr size_t kLog2Sets = 14, kLog2LongSets = 12;
+// Short words fill 2 MiB, long ones 0.5 MiB; a second-level cache holds the ones often met.
+constexpr size_t kLog2Sets = 15, kLog2LongSets = 12;
 constexpr size_t kKeepBytes = 1 << 20;  // of a buffer that one large text has made grow
 
 std::vector<AddedToken> raw_ones(std::vector<AddedToken> tokens) {
@@ -238,6 +238,11 @@ size_t Encoder::scan_chunk(const char* text, size_t size, bool is_last, int32_t 
   size_t begin = 0;    // of the run at hand
   bool dirty = false;  // whether it has had other characters in the blocks before
   make_room(n_tokens + size + kSlack, kDetails);
+  // Here, since the compiler cannot know that writing tokens leaves members as they are.
+  const char* const copy = copy_.data();
+  const int32_t* const ascii_ids = know_.ascii_ids;
+  const uint8_t* const ascii_count = know_.ascii_count;
+  int32_t* ids = out_->ids.data();
   for (size_t first = 0; first < n_blocks && n_tokens < limit_; first += kBlocksAtOnce) {
     // All words of some blocks are looked up before the first is used: the memory has time to come.
     Found* found = found_.data();
@@ -249,16 +254,15 @@ size_t Encoder::scan_chunk(const char* text, size_t size, bool is_last, int32_t 
         const uint64_t before = (boundary & -boundary) - 1;  // the bits below the lowest one
         dirty |= (other & before) != 0;
         other &= ~before;
-        const size_t length = end - begin;
         found->begin = static_cast<uint32_t>(begin);
-        found->end = static_cast<uint32_t>(end);
+        found->length = static_cast<uint32_t>(end - begin);
         found->is_plain = !dirty;
         found->set = nullptr;
-        if (length <= ShortWord::kMaxSize) {
-          found->key = {copy_.data() + begin, length};
+        if (end - begin <= ShortWord::kMaxSize) {
+          found->key = {copy + begin, end - begin};
           found->set = short_words_.prefetch(found->key);
-        } else if (length <= LongWord::kMaxSize) {
-          long_words_.prefetch({copy_.data() + begin, length});
+        } else if (end - begin <= LongWord::kMaxSize) {
+          long_words_.prefetch({copy + begin, end - begin});
         }
         ++found;
         dirty = false;
@@ -267,13 +271,14 @@ size_t Encoder::scan_chunk(const char* text, size_t size, bool is_last, int32_t 
       dirty |= other != 0;
     }
     for (const Found* word = found_.data(); word != found; ++word) {
-      if (word->begin != word->end) {
+      const size_t end = word->begin + word->length;
+      if (word->length != 0) {
         // Of what is normalised no spans are known.
         const bool can_know = word->set != nullptr && (!kDetails || word->is_plain);
         const ShortWord* known =
             can_know ? WordCache<ShortWord>::find(word->set, word->key) : nullptr;
         if (known != nullptr && known->n_pieces != 0) {
-          std::memcpy(out_->ids.data() + n_tokens, known->ids, sizeof known->ids);
+          std::memcpy(ids + n_tokens, known->ids, sizeof known->ids);
           if (kDetails) {
             int32_t from = char_of(word->begin);
             for (size_t piece = 0; piece < known->n_pieces; ++piece) {
@@ -288,25 +293,25 @@ size_t Encoder::scan_chunk(const char* text, size_t size, bool is_last, int32_t 
           n_tokens += known->n_pieces;
         } else {
           make_room(n_tokens, kDetails);
-          const char* const run = copy_.data() + word->begin;
           if (word->is_plain) {
-            add_part<kDetails>(run, word->end - word->begin, true, char_of(word->begin));
+            add_part<kDetails>(copy + word->begin, word->length, true, char_of(word->begin));
           } else {
-            add_run<kDetails>(run, word->end - word->begin, char_of(word->begin));
+            add_run<kDetails>(copy + word->begin, word->length, char_of(word->begin));
           }
           n_tokens = out_->ids.size();
-          make_room(n_tokens + (size - word->end) + kSlack, kDetails);
+          make_room(n_tokens + (size - end) + kSlack, kDetails);
+          ids = out_->ids.data();
         }
       }
-      const auto c = static_cast<unsigned char>(copy_[word->end]);
-      out_->ids[n_tokens] = know_.ascii_ids[c];
-      if (kDetails && know_.ascii_count[c] != 0) {
-        out_->spans[2 * n_tokens] = char_of(word->end);
-        out_->spans[2 * n_tokens + 1] = char_of(word->end) + 1;
+      const auto c = static_cast<unsigned char>(copy[end]);
+      ids[n_tokens] = ascii_ids[c];
+      if (kDetails && ascii_count[c] != 0) {
+        out_->spans[2 * n_tokens] = char_of(end);
+        out_->spans[2 * n_tokens + 1] = char_of(end) + 1;
         out_->words[n_tokens] = next_word_;
         next_word_ += word_step_;
       }
-      n_tokens += know_.ascii_count[c];
+      n_tokens += ascii_count[c];
     }
   }
   make_room(n_tokens, kDetails);

@@ -80,7 +80,7 @@ class Encoder {
   struct Found {
     WordKey<2> key;
     const ShortWord* set;  // nullptr if it is longer than the key
-    uint32_t begin, end;
+    uint32_t begin, length;
     bool is_plain;  // ASCII letters and digits only
   };
 

@@ -32,7 +32,16 @@ std::string_view transcode(const Unit* units, size_t size, std::string& buffer) 
   constexpr size_t kMost = sizeof(Unit) + 1 - (sizeof(Unit) == 4);
   if (buffer.size() < kMost * size) buffer.resize(kMost * size);
   char* out = buffer.data();
+  constexpr size_t kAtOnce = 16;  // few enough for ASCII between other characters
   for (size_t i = 0; i < size; ++i) {
+    while (i + kAtOnce < size) {
+      Unit all = 0;
+      for (size_t j = 0; j < kAtOnce; ++j) all |= units[i + j];
+      if (all >= 0x80) break;
+      for (size_t j = 0; j < kAtOnce; ++j) out[j] = static_cast<char>(units[i + j]);
+      i += kAtOnce;
+      out += kAtOnce;
+    }
     const char32_t c = units[i];
     if (c < 0x80) {
       *out++ = static_cast<char>(c);

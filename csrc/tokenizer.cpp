@@ -29,17 +29,27 @@ class Tokenizer::RowMaker {
            Encoder& encoder, Part& part)
       : tokenizer_(tokenizer), batch_(batch), options_(options), encoder_(encoder), part_(part) {}
 
-  void add(size_t index) {
-    try {
-      add(batch_.inputs[index], static_cast<int32_t>(index));
-    } catch (const LoneSurrogate& error) {
-      throw LoneSurrogate(place(index) + error.what());
-    } catch (const std::invalid_argument& error) {
-      throw std::invalid_argument(place(index) + error.what());
+  // Inputs [begin, end).
+  void add(size_t begin, size_t end) {
+    // Memory that is never written to costs nothing, moving what is written does.
+    size_t bytes = 0;
+    for (size_t i = begin; i < end; ++i) bytes += n_bytes(batch_, batch_.inputs[i]);
+    part_.tokens.ids.reserve(bytes / kBytesPerToken + kPairSpecials * (end - begin));
+    part_.rows.reserve(end - begin);
+    for (size_t i = begin; i < end; ++i) {
+      try {
+        add(batch_.inputs[i], static_cast<int32_t>(i));
+      } catch (const LoneSurrogate& error) {
+        throw LoneSurrogate(place(i) + error.what());
+      } catch (const std::invalid_argument& error) {
+        throw std::invalid_argument(place(i) + error.what());
+      }
     }
   }
 
  private:
+  static constexpr size_t kBytesPerToken = 2;  // at least, of nearly all texts
+
   static std::string place(size_t index) { return "text " + std::to_string(index) + ": "; }
 
   void add(const Input& input, int32_t sample) {
@@ -198,12 +208,8 @@ Rows Tokenizer::encode(const Batch& batch, const EncodeOptions& options, size_t 
   ThreadPool::instance().run(parts.size(), n_threads, [&](size_t i) {
     try {
       std::unique_ptr<Encoder> encoder = borrow();
-      size_t bytes = 0;
-      for (size_t input = bounds[i]; input < bounds[i + 1]; ++input) bytes += n_bytes(batch, batch.inputs[input]);
-      parts[i].tokens.ids.reserve(bytes/2+ 3*(bounds[i+1]-bounds[i]));
-      parts[i].rows.reserve(bounds[i+1]-bounds[i]);
       RowMaker maker(*this, batch, options, *encoder, parts[i]);
-      for (size_t input = bounds[i]; input < bounds[i + 1]; ++input) maker.add(input);
+      maker.add(bounds[i], bounds[i + 1]);
       give_back(std::move(encoder));
     } catch (...) {
       errors[i] = std::current_exception();

@@ -271,7 +271,8 @@ def as_packed(
         if column != "type_ids" or rows.has_pairs or pin_memory:
             rows.write(column, out, num_threads=num_threads)
     cu_seqlens = torch.from_numpy(rows.offsets(dtype=np.dtype(np.int32)))
-    return PackedBatch(ids, type_ids, positions, cu_seqlens, rows.longest(windows=True))
+    longest = rows.longest(windows=True)
+    return PackedBatch.unchecked(ids, type_ids, positions, cu_seqlens, longest)
 
 
 def is_arrow(texts: Any) -> bool:
