@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "tokenizer.h"
+#include "vocab_trainer.h"
 
 namespace py = pybind11;
 
@@ -148,6 +149,33 @@ py::dict encode(const Tokenizer& tokenizer, const py::sequence& texts, const py:
   return result;
 }
 
+std::vector<std::string> train(const WordCounts& counts, const py::object& progress, size_t size,
+                               int64_t min_frequency, size_t limit_alphabet,
+                               const std::u32string& initial_alphabet,
+                               const std::vector<std::string>& special_tokens) {
+  const VocabOptions options{size, min_frequency, limit_alphabet, initial_alphabet, special_tokens};
+  const py::gil_scoped_release release;
+  return train_vocab(counts.table(), options, [&progress](size_t n_tokens) {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();  // Ctrl-C
+    progress(n_tokens);
+  });
+}
+
+void bind_vocab_trainer(py::module_& m) {
+  py::class_<WordCounts>(m, "WordCounts")
+      .def(py::init([](bool lowercase, bool strip_accents, bool chinese_chars) {
+             return WordCounts(Normalizer(lowercase, strip_accents, chinese_chars));
+           }),
+           py::kw_only(), py::arg("lowercase"), py::arg("strip_accents"), py::arg("chinese_chars"))
+      .def("add", &WordCounts::add, py::arg("texts"), py::arg("num_threads"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("__len__", [](const WordCounts& counts) { return counts.table().size(); })
+      .def("train", &train, py::arg("progress"), py::kw_only(), py::arg("size"),
+           py::arg("min_frequency"), py::arg("limit_alphabet"), py::arg("initial_alphabet"),
+           py::arg("special_tokens"));
+}
+
 }  // namespace
 }  // namespace fastbert
 
@@ -181,4 +209,6 @@ PYBIND11_MODULE(_tokenizer, m) {
            py::arg("max_length") = 0, py::arg("stride") = 0, py::arg("truncate_left") = false,
            py::arg("overflow") = false, py::arg("positions") = false, py::arg("details") = false,
            py::arg("num_threads") = 1);
+
+  bind_vocab_trainer(m);
 }
