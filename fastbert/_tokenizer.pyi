@@ -1,6 +1,6 @@
 """What csrc/bindings.cpp offers; fastbert.tokenizer is its interface."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -65,3 +65,20 @@ class Tokenizer:
         details: bool = False,
         num_threads: int = 1,
     ) -> Rows: ...
+
+class WordCounts:
+    """See csrc/word_counts.h; `train` is csrc/vocab_trainer.h."""
+
+    def __init__(self, *, lowercase: bool, strip_accents: bool, chinese_chars: bool) -> None: ...
+    def __len__(self) -> int: ...
+    def add(self, texts: list[bytes], num_threads: int) -> None: ...
+    def train(
+        self,
+        progress: Callable[[int], None],
+        *,
+        size: int,
+        min_frequency: int,
+        limit_alphabet: int,
+        initial_alphabet: str,
+        special_tokens: list[str],
+    ) -> list[str]: ...
