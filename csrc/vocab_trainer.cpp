@@ -34,11 +34,9 @@ void for_each_char(std::string_view word, Visit&& visit) {
 //
 // Of pairs as frequent as each other the one with the smaller ids comes first.
 //
-// The queue holds a pair with the words that it is in and the count that it had when it was put
-// there; the count is brought up to date when the pair comes out. This follows HF tokenizers in two
-// things that show in the vocabulary where two ways lead to one token (##in ##g and ##i ##ng):
-// a pair that occurs again, later, is a new entry with words of its own, and a pair's count is not
-// set back when it is merged, so that then it counts what it was and what it is.
+// A token is made of one pair only, in one step, so all places of a pair come up together, when the
+// later of its tokens is made; after that they only become fewer. So the pair enters the queue
+// once, with the words it is in; its count is brought up to date when it comes out.
 class Trainer {
  public:
   Trainer(const WordCounts::Table& counts, const VocabOptions& options) : options_(options) {
@@ -56,13 +54,16 @@ class Trainer {
       const Candidate top = queue_.top();
       queue_.pop();
       const int64_t count = pairs_[top.pair].count;
-      if (count != top.count) {
-        if (count > 0) queue_.push({count, top.pair, top.place});
-        continue;
+      if (count == 0) {
+        pairs_.erase(top.pair);
+      } else if (count != top.count) {
+        queue_.push({count, top.pair});
+      } else if (count < options_.min_frequency) {
+        break;
+      } else {
+        merge(top.pair);
+        if (++step % 16 == 0) progress(tokens_.size());
       }
-      if (count < options_.min_frequency) break;
-      merge(top);
-      if (++step % 16 == 0) progress(tokens_.size());
     }
     return std::move(tokens_);
   }
@@ -82,16 +83,15 @@ class Trainer {
 
   struct Pair {
     int64_t count = 0;
-    int64_t place = -1;  // in places_, of the words that are new since it was last put in the queue
+    std::vector<uint32_t> words;  // that it is in, or was
   };
 
   struct Candidate {
     int64_t count;
     uint64_t pair;
-    size_t place;
 
     bool operator<(const Candidate& other) const {
-      return std::tie(count, other.pair, other.place) < std::tie(other.count, pair, place);
+      return std::tie(count, other.pair) < std::tie(other.count, pair);
     }
   };
 
@@ -149,14 +149,14 @@ class Trainer {
     return text;
   }
 
-  void merge(const Candidate& top) {
-    const auto a = static_cast<int32_t>(top.pair >> 32);
-    const auto b = static_cast<int32_t>(top.pair & UINT32_MAX);
+  void merge(uint64_t pair) {
+    const auto a = static_cast<int32_t>(pair >> 32);
+    const auto b = static_cast<int32_t>(pair & UINT32_MAX);
     std::string_view tail = tokens_[b];
     if (tail.substr(0, kInner.size()) == kInner) tail.remove_prefix(kInner.size());
     const int32_t merged = add_token(tokens_[a] + std::string(tail));
-    const std::vector<uint32_t> words = std::move(places_[top.place]);
-    for (const uint32_t word : words) merge_in(word, a, b, merged);
+    for (const uint32_t word : pairs_[pair].words) merge_in(word, a, b, merged);
+    pairs_.erase(pair);
     enqueue();
   }
 
@@ -188,23 +188,15 @@ class Trainer {
     Pair& pair = pairs_[key];
     pair.count += count;
     if (count < 0) return;
-    if (pair.place < 0) {
-      pair.place = static_cast<int64_t>(places_.size());
-      places_.emplace_back();
-      touched_.push_back(key);
+    if (pair.words.empty()) new_pairs_.push_back(key);
+    if (pair.words.empty() || pair.words.back() != word) {
+      pair.words.push_back(static_cast<uint32_t>(word));
     }
-    std::vector<uint32_t>& words = places_[static_cast<size_t>(pair.place)];
-    if (words.empty() || words.back() != word) words.push_back(static_cast<uint32_t>(word));
   }
 
-  // Puts the pairs that occur in new words in the queue.
   void enqueue() {
-    for (const uint64_t key : touched_) {
-      Pair& pair = pairs_[key];
-      const auto place = static_cast<size_t>(std::exchange(pair.place, -1));
-      if (pair.count > 0) queue_.push({pair.count, key, place});
-    }
-    touched_.clear();
+    for (const uint64_t key : new_pairs_) queue_.push({pairs_[key].count, key});
+    new_pairs_.clear();
   }
 
   const VocabOptions& options_;
@@ -214,8 +206,7 @@ class Trainer {
   std::vector<int32_t> symbols_;
   std::vector<Word> words_;
   std::unordered_map<uint64_t, Pair> pairs_;
-  std::vector<std::vector<uint32_t>> places_;  // words, by their index
-  std::vector<uint64_t> touched_;
+  std::vector<uint64_t> new_pairs_;  // not yet in the queue
   std::priority_queue<Candidate> queue_;
 };
 
