@@ -23,6 +23,9 @@ struct VocabOptions {
 // "##" in front, then pairs of tokens that follow each other, merged one after the other until
 // there are `size` tokens; the first three kinds are all there even if they are more.
 //
+// Where HF's result depends on the order of its hash tables, this goes by the sorted words and by
+// code points; and a pair may occur more than 2^31 times, where HF's counts overflow.
+//
 // Calls progress(number of tokens) now and then; what that throws ends the training.
 std::vector<std::string> train_vocab(const WordCounts::Table& words, const VocabOptions& options,
                                      const std::function<void(size_t)>& progress);

@@ -346,7 +346,7 @@ def _add_vocab(commands: Any) -> argparse.ArgumentParser:
         "--out", required=True, type=Path, metavar="DIR", help="the folder to write"
     )
     command.add_argument("--text", metavar="COL", help="the column with the text, in tables")
-    command.add_argument("--format", choices=FORMATS, help="what FILES are, not by their names")
+    command.add_argument("--format", choices=FORMATS, help="what FILES are, where names do not say")
     command.add_argument(
         "--errors",
         choices=("strict", "replace"),

@@ -153,7 +153,7 @@ def _batches(texts: Iterable[str | Sequence[str]]) -> Iterator[tuple[int, list[b
                 raise TypeError(f"text {n_texts} must be str, got {type(text).__name__}")
             n_texts += 1
             chunk.append(text)
-            n_characters += len(text)
+            n_characters += len(text) + 1
             if n_characters >= _CHUNK:
                 batch.append(_utf8(chunk))
                 chunk, n_characters = [], 0
