@@ -11,7 +11,9 @@
 #include <vector>
 
 #include "arrow.h"
+#include "thread_pool.h"
 #include "tokenizer.h"
+#include "vocab_trainer.h"
 
 namespace py = pybind11;
 
@@ -322,6 +324,33 @@ py::tuple encode_arrays(const Tokenizer& tokenizer, const py::object& texts,
                         column(rows, "spans", py::dtype::of<int64_t>(), 0, 0, false, num_threads));
 }
 
+std::vector<std::string> train(const WordCounts& counts, const py::object& progress, size_t size,
+                               int64_t min_frequency, size_t limit_alphabet,
+                               const std::u32string& initial_alphabet,
+                               const std::vector<std::string>& special_tokens) {
+  const VocabOptions options{size, min_frequency, limit_alphabet, initial_alphabet, special_tokens};
+  const py::gil_scoped_release release;
+  return train_vocab(counts.table(), options, [&progress](size_t n_tokens) {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();  // Ctrl-C
+    progress(n_tokens);
+  });
+}
+
+void bind_vocab_trainer(py::module_& m) {
+  py::class_<WordCounts>(m, "WordCounts")
+      .def(py::init([](bool lowercase, bool strip_accents, bool chinese_chars) {
+             return WordCounts(Normalizer(lowercase, strip_accents, chinese_chars));
+           }),
+           py::kw_only(), py::arg("lowercase"), py::arg("strip_accents"), py::arg("chinese_chars"))
+      .def("add", &WordCounts::add, py::arg("texts"), py::arg("num_threads"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("__len__", [](const WordCounts& counts) { return counts.table().size(); })
+      .def("train", &train, py::arg("progress"), py::kw_only(), py::arg("size"),
+           py::arg("min_frequency"), py::arg("limit_alphabet"), py::arg("initial_alphabet"),
+           py::arg("special_tokens"));
+}
+
 }  // namespace
 }  // namespace fastbert
 
@@ -386,4 +415,7 @@ PYBIND11_MODULE(_tokenizer, m) {
       .def("encode_arrays", &encode_arrays, py::arg("texts"), py::arg("pairs"),
            py::arg("max_length"), py::arg("truncation"), py::arg("split_special_tokens"),
            py::arg("truncate_left"), py::arg("details"), py::arg("num_threads"));
+
+  m.def("n_available_cpus", &n_available_cpus);
+  bind_vocab_trainer(m);
 }

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastbert.model import BertModel, BertPreTrainedModel
     from fastbert.packing import PackedBatch, pack, unpack
     from fastbert.tokenizer import AddedToken, BatchEncoding, BertTokenizer
+    from fastbert.vocab import train_vocab
 
 _MODULES = {
     "AddedToken": "tokenizer",
@@ -27,6 +28,7 @@ _MODULES = {
     "PackedBatch": "packing",
     "convert": "convert",
     "pack": "packing",
+    "train_vocab": "vocab",
     "unpack": "packing",
 }
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "PackedBatch",
     "convert",
     "pack",
+    "train_vocab",
     "unpack",
 ]
 

@@ -1,5 +1,6 @@
 """What csrc/bindings.cpp offers; fastbert.tokenizer is its interface."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -85,3 +86,22 @@ class Tokenizer:
         details: bool,
         num_threads: int,
     ) -> tuple[NDArray[Any], ...]: ...
+
+class WordCounts:
+    """See csrc/word_counts.h; `train` is csrc/vocab_trainer.h."""
+
+    def __init__(self, *, lowercase: bool, strip_accents: bool, chinese_chars: bool) -> None: ...
+    def __len__(self) -> int: ...
+    def add(self, texts: list[bytes], num_threads: int) -> None: ...
+    def train(
+        self,
+        progress: Callable[[int], None],
+        *,
+        size: int,
+        min_frequency: int,
+        limit_alphabet: int,
+        initial_alphabet: str,
+        special_tokens: list[str],
+    ) -> list[str]: ...
+
+def n_available_cpus() -> int: ...

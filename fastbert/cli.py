@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 import traceback
@@ -15,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastbert.files import replace_folder
 from fastbert.readers import FORMATS, TextSource
 
 _OUTPUTS = (".npy", ".parquet", ".jsonl")
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastbert", description="BERT made fast without changing it.")
     parser.add_argument("--version", action="version", version=f"fastbert {version('fastbert')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_info, _add_embed, _add_convert):
+    for add in (_add_info, _add_embed, _add_convert, _add_vocab):
         command = add(commands)
         command.add_argument(
             "--traceback", action="store_true", help="show where in the code an error arose"
@@ -314,36 +314,107 @@ def _add_convert(commands: Any) -> argparse.ArgumentParser:
 
 def _convert(args: argparse.Namespace) -> None:
     src, out = args.src, args.out
-    if out.exists() and not args.overwrite:
-        raise ValueError(f"{out} exists already; --overwrite replaces it")
-    if out.resolve() in (Path(src).resolve(), *Path(src).resolve().parents):
-        raise ValueError(f"{out} holds SRC and cannot be replaced; name another folder")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder {out.parent} for {out.name} does not exist")
+    with replace_folder(out, args.overwrite, [src]) as new:
+        from fastbert.convert import convert
 
-    from fastbert.convert import convert
-
-    new, old = (out.with_name(f".{out.name}.{what}") for what in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    try:
         start = time.perf_counter()
         report = {"source": src, **convert(src, new)}
         report["seconds"] = round(time.perf_counter() - start, 3)
-        text = json.dumps(report, indent=2) + "\n"
-        (new / "metrics.json").write_text(text, encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(out, old)
-        os.replace(new, out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        _write_metrics(new, report)
     print(
         f"{out}: {report['architecture']}, {report['tensors']:,} tensors, "
         f"{report['parameters']:,} parameters, from {report['format']}"
     )
     if report["missing"]:
         print(f"not in {src}: {', '.join(report['missing'])}")
+
+
+def _add_vocab(commands: Any) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        "vocab",
+        help="train a WordPiece vocabulary on text files",
+        description="Train a WordPiece vocabulary, the one that HF tokenizers trains, and write it "
+        "as a tokenizer's folder, which fastbert and transformers read.",
+    )
+    command.add_argument(
+        "files", nargs="+", metavar="FILES", help="as IN of fastbert embed; - is standard input"
+    )
+    command.add_argument(
+        "--size", type=_positive, default=30000, metavar="N", help="tokens (default: 30000)"
+    )
+    command.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="the folder to write"
+    )
+    command.add_argument("--text", metavar="COL", help="the column with the text, in tables")
+    command.add_argument("--format", choices=FORMATS, help="what FILES are, where names do not say")
+    command.add_argument(
+        "--errors",
+        choices=("strict", "replace"),
+        default="strict",
+        help="bytes that are not UTF-8: stop with an error (the default), or leave them out",
+    )
+    command.add_argument("--cased", action="store_true", help="keep upper case, and accents")
+    command.add_argument(
+        "--strip-accents",
+        action=argparse.BooleanOptionalAction,
+        help="drop accents, or keep them (default: drop them unless --cased)",
+    )
+    command.add_argument(
+        "--min-frequency",
+        type=_positive,
+        default=2,
+        metavar="N",
+        help="how often a pair must occur to become a token (default: 2)",
+    )
+    command.add_argument(
+        "--limit-alphabet",
+        type=_positive,
+        default=1000,
+        metavar="N",
+        help="characters to keep, the most frequent ones (default: 1000)",
+    )
+    command.add_argument(
+        "--threads", type=_positive, metavar="N", help="to count words (default: all CPUs)"
+    )
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace DIR once the new one is complete"
+    )
+    command.set_defaults(run=_vocab)
+    return command
+
+
+def _vocab(args: argparse.Namespace) -> None:
+    files, out = args.files, args.out
+    sources = [
+        TextSource(f, column=args.text, format=args.format, errors=args.errors) for f in files
+    ]
+    options = {
+        "do_lower_case": not args.cased,
+        "strip_accents": args.strip_accents,
+        "min_frequency": args.min_frequency,
+        "limit_alphabet": args.limit_alphabet,
+    }
+    numbers: dict[str, Any] = {}
+    with replace_folder(out, args.overwrite, files) as new:
+        from fastbert.vocab import train_vocab
+
+        tokenizer = train_vocab(
+            sources, args.size, num_threads=args.threads, metrics=numbers, **options
+        )
+        if not numbers["distinct_words"]:
+            raise ValueError(f"there are no words in {', '.join(files)}")
+        tokenizer.save_pretrained(new)
+        _write_metrics(new, {"files": files, "size": args.size, **options, **numbers})
+    print(
+        f"{out}: {numbers['tokens']:,} tokens, from {numbers['texts']:,} texts with "
+        f"{numbers['distinct_words']:,} distinct words, "
+        f"{numbers['seconds_counting'] + numbers['seconds_merging']:,.1f} s"
+    )
+
+
+def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    text = json.dumps(metrics, indent=2) + "\n"
+    (folder / "metrics.json").write_text(text, encoding="utf-8")
 
 
 def _output(text: str) -> Path:

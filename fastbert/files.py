@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -121,3 +122,32 @@ def write_atomically(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_folder(
+    out: Path, overwrite: bool, sources: Sequence[str | os.PathLike[str]]
+) -> Iterator[Path]:
+    """The name of a temporary folder beside `out` to write, renamed to `out` at the end.
+
+    After an error nothing is left and an earlier `out` is as it was. Raises ValueError where `out`
+    is there and not to be replaced, or holds one of `sources`; FileNotFoundError without a parent.
+    """
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already; --overwrite replaces it")
+    for source in map(Path, sources):
+        if out.resolve() in (source.resolve(), *source.resolve().parents):
+            raise ValueError(f"{out} holds {source} and cannot be replaced; name another folder")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder {out.parent} for {out.name} does not exist")
+    new, old = (out.with_name(f".{out.name}.{what}") for what in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        yield new
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(out, old)
+        os.replace(new, out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)

@@ -91,7 +91,7 @@ def test_help_imports_nothing_slow():
 
 
 def test_every_option_has_help(run):
-    for command in ("info", "embed", "convert"):
+    for command in ("info", "embed", "convert", "vocab"):
         status, out, _ = run(command, "--help")
         assert status == 0 and out.startswith(f"usage: fastbert {command}")
     assert run("--version")[:2] == (0, f"fastbert {cli.version('fastbert')}\n")
@@ -307,5 +307,5 @@ def test_convert(run, tmp_path):
     assert (out / "model.safetensors").read_bytes() == before
     assert run("convert", source, out, "--overwrite")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    refused(run("convert", out, out, "--overwrite"), 1, "holds SRC")
+    refused(run("convert", out, out, "--overwrite"), 1, f"{out} holds {out}")
     refused(run("convert", source, tmp_path / "no" / "out"), 1, "does not exist")

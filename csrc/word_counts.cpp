@@ -1,0 +1,39 @@
+#include "word_counts.h"
+
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <future>
+
+#include "pre_tokenizer.h"
+
+namespace fastbert {
+
+void WordCounts::add(const std::vector<std::string_view>& texts, size_t n_threads) {
+  n_threads = std::clamp<size_t>(n_threads, 1, std::max<size_t>(texts.size(), 1));
+  std::vector<Table> others(n_threads - 1);  // this thread counts into `table_`
+  std::atomic<size_t> next{0};
+  const auto count = [&](Table& table) {
+    Normalized normalized;
+    std::string word;
+    for (size_t i = next++; i < texts.size(); i = next++) {
+      normalizer_.normalize(texts[i], normalized);
+      for_each_word(normalized.text, [&](size_t begin, size_t end) {
+        word.assign(normalized.text, begin, end - begin);
+        ++table[word];
+        return true;
+      });
+    }
+  };
+  std::vector<std::future<void>> running;
+  for (Table& table : others) {
+    running.push_back(std::async(std::launch::async, count, std::ref(table)));
+  }
+  count(table_);
+  for (std::future<void>& thread : running) thread.get();
+  for (const Table& table : others) {
+    for (const auto& [word, n] : table) table_[word] += n;
+  }
+}
+
+}  // namespace fastbert
