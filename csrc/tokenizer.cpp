@@ -188,14 +188,15 @@ class Tokenizer::Encoder {
   void add_words(size_t begin, size_t end, size_t limit, Tokens& tokens) {
     const std::string_view text = std::string_view(normalized_.text).substr(begin, end - begin);
     const WordPiece& pieces = *tokenizer_.pieces_;
+    const UnicodeTables& tables = tokenizer_.normalizer_.tables();
     if (!options_.details) {
-      for_each_word(text, [&](size_t from, size_t to) {
+      for_each_word(text, tables, [&](size_t from, size_t to) {
         pieces.encode(text.substr(from, to - from), tokens.ids);
         return tokens.ids.size() < limit;
       });
       return;
     }
-    for_each_word(text, [&](size_t from, size_t to) {
+    for_each_word(text, tables, [&](size_t from, size_t to) {
       ends_.clear();
       pieces.encode(text.substr(from, to - from), tokens.ids, ends_);
       size_t piece_begin = begin + from;

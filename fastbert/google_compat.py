@@ -1,0 +1,77 @@
+"""What google-research/bert's tokenization.py does with characters, by the running Python's Unicode.
+
+In words only: it cleans the text, puts spaces around CJK characters, splits at white space, and of
+each token takes `str.lower`, then NFD, then drops marks (Mn), then splits at punctuation.
+"""
+
+from __future__ import annotations
+
+import functools
+import string
+import unicodedata
+from collections import defaultdict
+from typing import Any
+
+from fastbert import _tokenizer
+
+MAX_WORD_CHARS = 200
+
+_REMOVED, _SPACE, _CJK, _PUNCTUATION, _MARK = 1, 2, 4, 8, 16  # CharFlags in csrc/unicode.h
+_FLAGS = defaultdict(int, dict.fromkeys(("Cc", "Cf"), _REMOVED))
+_FLAGS.update(dict.fromkeys(("Zs", "Zl", "Zp"), _SPACE))
+_FLAGS.update(dict.fromkeys(("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po"), _PUNCTUATION))
+_CJK_BLOCKS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
+               (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF),
+               (0x2F800, 0x2FA1F))  # fmt: skip
+
+# For `str.lower` to see around a sigma what is left of the text once cleaned, with as many
+# characters before and after: a soft hyphen counts as not there, and U+0130 has two lowercase ones.
+_SEEN_BY_SIGMA = {
+    **{c: "\xad" for c in (*range(0x20), *range(0x7F, 0xA0), 0xFFFD) if chr(c) not in "\t\n\r"},
+    0x130: "I",
+}
+
+
+@functools.cache
+def unicode_tables(lower: bool, strip_accents: bool) -> _tokenizer.UnicodeTables:
+    """Tables for a normalizer that strips accents and does not lowercase: they do what is asked.
+
+    The decomposition in them is lowercase and NFD in one, since lowercase comes first.
+    """
+
+    def fold(text: str) -> str:
+        text = text.lower() if lower else text
+        return unicodedata.normalize("NFD", text) if strip_accents else text
+
+    everything = "".join(map(chr, range(0x110000)))
+    flag_of = _FLAGS | {"Mn": _MARK if strip_accents else 0}
+    flags = bytearray(map(flag_of.__getitem__, map(unicodedata.category, everything)))
+    for characters, flag in (("\t\n\r", _SPACE), ("\ufffd", _REMOVED),
+                             (string.punctuation, _PUNCTUATION)):  # fmt: skip
+        for c in characters:
+            flags[ord(c)] = flag
+    for first, last in _CJK_BLOCKS:
+        for code in range(first, last + 1):
+            flags[code] |= _CJK
+    pages = [everything[i : i + 256] for i in range(0, len(everything), 256)]
+    changed = [page for page in pages if fold(page) != page]
+    return _tokenizer.UnicodeTables(
+        flags=bytes(flags),
+        combining=bytes(map(unicodedata.combining, everything) if strip_accents else 0x110000),
+        decompositions=[(c, fold(c)) for page in changed for c in page if fold(c) != c],
+    )
+
+
+def with_final_sigmas(texts: Any) -> Any:
+    """Texts, in lists or not, with the sigmas that end a word for `str.lower` written as final ones.
+
+    This is all that `str.lower` does not do to each character by itself.
+    """
+    if isinstance(texts, list | tuple):
+        return [with_final_sigmas(text) for text in texts]
+    if not isinstance(texts, str) or "\u03a3" not in texts:
+        return texts
+    lowered = texts.translate(_SEEN_BY_SIGMA).lower()
+    return "".join(
+        final if final == "\u03c2" else c for c, final in zip(texts, lowered, strict=True)
+    )
