@@ -1,7 +1,8 @@
-"""What google-research/bert's tokenization.py does with characters, by the running Python's Unicode.
+"""What google-research/bert's tokenization.py does with characters.
 
-In words only: it cleans the text, puts spaces around CJK characters, splits at white space, and of
-each token takes `str.lower`, then NFD, then drops marks (Mn), then splits at punctuation.
+It cleans the text, puts spaces around CJK characters and splits it at white space; of each token it
+takes `str.lower`, then NFD without marks (Mn), and splits that at punctuation. All of it is by the
+Unicode version of the Python that runs it, so the tables are made from that, in about 0.3 s.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ _SEEN_BY_SIGMA = {
 
 @functools.cache
 def unicode_tables(lower: bool, strip_accents: bool) -> _tokenizer.UnicodeTables:
-    """Tables for a normalizer that strips accents and does not lowercase: they do what is asked.
+    """Tables for a normalizer that is to strip accents and not to lowercase, whatever these say.
 
-    The decomposition in them is lowercase and NFD in one, since lowercase comes first.
+    What it takes for the decomposition of a character is its lowercase, decomposed.
     """
 
     def fold(text: str) -> str:
@@ -63,9 +64,9 @@ def unicode_tables(lower: bool, strip_accents: bool) -> _tokenizer.UnicodeTables
 
 
 def with_final_sigmas(texts: Any) -> Any:
-    """Texts, in lists or not, with the sigmas that end a word for `str.lower` written as final ones.
+    """Texts, in lists or not, with each capital sigma that `str.lower` makes a final one as that.
 
-    This is all that `str.lower` does not do to each character by itself.
+    It is all that `str.lower` does not do to each character by itself.
     """
     if isinstance(texts, list | tuple):
         return [with_final_sigmas(text) for text in texts]

@@ -47,12 +47,13 @@ class BertTokenizer:
 
     vocab: a vocabulary file (one token a line, its id the number of the line), or a dict from token
     to id. strip_accents: None for the value of do_lower_case. Special tokens that the vocabulary
-    lacks are added behind it, but unk_token must be there. compat: "google" for the ids that
-    google-research/bert's tokenization.py gives, in all of the options: special tokens in a text
-    are plain text, as with split_special_tokens. Saved, transformers reads it as its own.
+    lacks are added behind it, but unk_token must be there.
 
-    Raises ValueError when compat is neither, or the vocabulary cannot be read, holds a token or an id twice, or has no
-    unk_token.
+    compat: "google" tokenizes as google-research/bert's tokenization.py does, which finds no
+    special tokens in a text; transformers tokenizes as ever with what such a tokenizer has saved.
+
+    Raises ValueError when compat is not known, or the vocabulary cannot be read, holds a token or
+    an id twice, or has no unk_token.
     """
 
     unk_token: str
