@@ -8,6 +8,7 @@ Unicode version of the Python that runs it, so the tables are made from that, in
 from __future__ import annotations
 
 import functools
+import re
 import string
 import unicodedata
 from collections import defaultdict
@@ -25,12 +26,8 @@ _CJK_BLOCKS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700,
                (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF),
                (0x2F800, 0x2FA1F))  # fmt: skip
 
-# For `str.lower` to see around a sigma what is left of the text once cleaned, with as many
-# characters before and after: a soft hyphen counts as not there, and U+0130 has two lowercase ones.
-_SEEN_BY_SIGMA = {
-    **{c: "\xad" for c in (*range(0x20), *range(0x7F, 0xA0), 0xFFFD) if chr(c) not in "\t\n\r"},
-    0x130: "I",
-}
+# What cleaning removes and `str.lower` does not ignore around a sigma.
+_REMOVED_BY_SIGMA = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
 
 
 @functools.cache
@@ -63,16 +60,15 @@ def unicode_tables(lower: bool, strip_accents: bool) -> _tokenizer.UnicodeTables
     )
 
 
-def with_final_sigmas(texts: Any) -> Any:
-    """Texts, in lists or not, with each capital sigma that `str.lower` makes a final one as that.
+def with_lower_sigmas(texts: Any) -> Any:
+    """Texts, in lists or not, with the capital sigmas in lowercase, which may be the final one.
 
-    It is all that `str.lower` does not do to each character by itself.
+    Only of these does `str.lower` look at the characters around.
     """
     if isinstance(texts, list | tuple):
-        return [with_final_sigmas(text) for text in texts]
+        return [with_lower_sigmas(text) for text in texts]
     if not isinstance(texts, str) or "\u03a3" not in texts:
         return texts
-    lowered = texts.translate(_SEEN_BY_SIGMA).lower()
-    return "".join(
-        final if final == "\u03c2" else c for c, final in zip(texts, lowered, strict=True)
-    )
+    # As many characters as in the text: a soft hyphen is ignored, and U+0130 alone becomes two.
+    seen = _REMOVED_BY_SIGMA.sub("\xad", texts).replace("\u0130", "I").lower()
+    return re.sub("\u03a3", lambda sigma: seen[sigma.start()], texts)

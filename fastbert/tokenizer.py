@@ -204,7 +204,7 @@ class BertTokenizer:
     def _seen(self, texts: Any) -> Any:
         """Texts, in lists or not, as the C++ tokenizer is to see them."""
         google = self.compat == "google" and self.do_lower_case
-        return google_compat.with_final_sigmas(texts) if google else texts
+        return google_compat.with_lower_sigmas(texts) if google else texts
 
     def __getstate__(self) -> dict[str, Any]:
         made = ("_pieces", "_core", "_tokens", "_decoded")
