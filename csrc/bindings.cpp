@@ -340,7 +340,8 @@ std::vector<std::string> train(const WordCounts& counts, const py::object& progr
 void bind_vocab_trainer(py::module_& m) {
   py::class_<WordCounts>(m, "WordCounts")
       .def(py::init([](bool lowercase, bool strip_accents, bool chinese_chars) {
-             return WordCounts(Normalizer(lowercase, strip_accents, chinese_chars));
+             return WordCounts(Normalizer(std::make_shared<UnicodeTables>(), lowercase,
+                                          strip_accents, chinese_chars));
            }),
            py::kw_only(), py::arg("lowercase"), py::arg("strip_accents"), py::arg("chinese_chars"))
       .def("add", &WordCounts::add, py::arg("texts"), py::arg("num_threads"),
@@ -367,8 +368,15 @@ PYBIND11_MODULE(_tokenizer, m) {
   });
 
   py::class_<WordPiece, std::shared_ptr<WordPiece>>(m, "WordPiece")
-      .def(py::init<const std::vector<std::pair<std::string, int32_t>>&, const std::string&>(),
-           py::arg("vocab"), py::arg("unknown"));
+      .def(py::init<const std::vector<std::pair<std::string, int32_t>>&, const std::string&,
+                    size_t>(),
+           py::arg("vocab"), py::arg("unknown"), py::arg("max_chars") = 100);
+
+  py::class_<UnicodeTables, std::shared_ptr<UnicodeTables>>(m, "UnicodeTables")
+      .def(py::init<>())
+      .def(py::init<std::string_view, std::string_view,
+                    const std::vector<std::pair<char32_t, std::u32string>>&>(),
+           py::kw_only(), py::arg("flags"), py::arg("combining"), py::arg("decompositions"));
 
   py::class_<AddedToken>(m, "AddedToken")
       .def(py::init<std::string, int32_t, bool, bool, bool, bool, bool>(), py::kw_only(),
@@ -396,15 +404,17 @@ PYBIND11_MODULE(_tokenizer, m) {
       .def("matched", &Rows::matched);
 
   py::class_<Tokenizer>(m, "Tokenizer")
-      .def(py::init([](std::shared_ptr<WordPiece> pieces, bool lowercase, bool strip_accents,
-                       bool chinese_chars, const std::vector<AddedToken>& added, int32_t cls_id,
-                       int32_t sep_id) {
-             return std::make_unique<Tokenizer>(std::move(pieces),
-                                                Normalizer(lowercase, strip_accents, chinese_chars),
-                                                added, cls_id, sep_id);
+      .def(py::init([](std::shared_ptr<WordPiece> pieces, std::shared_ptr<UnicodeTables> tables,
+                       bool lowercase, bool strip_accents, bool chinese_chars,
+                       const std::vector<AddedToken>& added, int32_t cls_id, int32_t sep_id) {
+             return std::make_unique<Tokenizer>(
+                 std::move(pieces),
+                 Normalizer(std::move(tables), lowercase, strip_accents, chinese_chars), added,
+                 cls_id, sep_id);
            }),
-           py::arg("pieces"), py::kw_only(), py::arg("lowercase"), py::arg("strip_accents"),
-           py::arg("chinese_chars"), py::arg("added"), py::arg("cls_id"), py::arg("sep_id"))
+           py::arg("pieces"), py::kw_only(), py::arg("tables"), py::arg("lowercase"),
+           py::arg("strip_accents"), py::arg("chinese_chars"), py::arg("added"), py::arg("cls_id"),
+           py::arg("sep_id"))
       .def("normalize", &Tokenizer::normalize, py::arg("text"))
       .def("encode", &encode_batch, py::arg("texts"), py::arg("pairs") = py::none(), py::kw_only(),
            py::arg("is_split_into_words") = false, py::arg("bytes") = false,

@@ -12,7 +12,7 @@ CharIds::CharIds(const Normalizer& normalizer, const WordPiece& pieces)
 }
 
 int32_t CharIds::find(char32_t c) const {
-  const uint8_t flags = char_flags(c);
+  const uint8_t flags = normalizer_.tables().char_flags(c);
   const uint8_t relevant = flags & normalizer_.relevant();
   if (relevant & kRemoved) return kInRun;
   if (relevant & kSpace) return kSeparator;

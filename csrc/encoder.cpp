@@ -165,7 +165,7 @@ void Encoder::add_normalized(std::string_view text) {
 void Encoder::add_words(size_t begin, size_t end, int32_t begin_char) {
   const std::string_view text = std::string_view(normalized_.text).substr(begin, end - begin);
   const WordPiece& pieces = *know_.pieces;
-  for_each_word(text, [&](size_t from, size_t to) {
+  for_each_word(text, know_.normalizer.tables(), [&](size_t from, size_t to) {
     const std::string_view word = text.substr(from, to - from);
     if (!reading_.details) {
       pieces.encode(word, out_->ids);
@@ -229,7 +229,7 @@ void Encoder::scan(std::string_view text) {
 // else all before a run that may go on in the next chunk.
 template <bool kDetails>
 size_t Encoder::scan_chunk(const char* text, size_t size, bool is_last, int32_t offset) {
-  know_.classify(text, size, know_.normalizer.lowers(), copy_.data(), blocks_.data());
+  know_.classify(text, size, know_.normalizer.lowers_ascii(), copy_.data(), blocks_.data());
   const size_t n_blocks = size / kBlock + is_last;
   const auto char_of = [&](size_t byte) {
     return first_char_ + offset + static_cast<int32_t>(byte) - n_tails_;

@@ -86,9 +86,8 @@ def two_stage(name: str, ctype: str, values: Iterable[int]) -> str:
         pages.setdefault(tuple(values[i : i + PAGE]), len(pages))
         for i in range(0, len(values), PAGE)
     ]
-    assert len(pages) <= 256
     flat = [value for page in pages for value in page]
-    return array(f"{name}_pages", "uint8_t", index) + array(name, ctype, flat)
+    return array(f"{name}_pages", "uint16_t", index) + array(name, ctype, flat)
 
 
 def array(name: str, ctype: str, values: list[int]) -> str:

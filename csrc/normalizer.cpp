@@ -1,23 +1,25 @@
 #include "normalizer.h"
 
 #include <algorithm>
-
-#include "unicode.h"
+#include <utility>
 
 namespace fastbert {
 
-Normalizer::Normalizer(bool lowercase, bool strip_accents, bool chinese_chars)
-    : strip_(strip_accents), lower_(lowercase) {
+Normalizer::Normalizer(std::shared_ptr<const UnicodeTables> tables, bool lowercase,
+                       bool strip_accents, bool chinese_chars)
+    : tables_(std::move(tables)), strip_(strip_accents), lower_(lowercase) {
   relevant_ = kRemoved | kSpace;
   if (chinese_chars) relevant_ |= kCjk;
   if (strip_accents) relevant_ |= kMark | kDecomposes | kCombining;
   if (lowercase) relevant_ |= kLowers;
   for (char32_t c = 0; c < 128; ++c) {
-    const uint8_t flags = char_flags(c);
+    const uint8_t flags = tables_->char_flags(c) & relevant_;
     char32_t image = c;
     if (flags & kRemoved) image = 0;
     if (flags & kSpace) image = ' ';
-    if (lowercase && (flags & kLowers)) image = fastbert::lowercase(c)[0];
+    char32_t buffer[3];
+    if (flags & kDecomposes) image = tables_->decomposition(c, buffer)[0];
+    if (flags & kLowers) image = tables_->lowercase(c)[0];
     ascii_[c] = static_cast<char>(image);
   }
 }
@@ -32,7 +34,7 @@ template <bool kAligned>
 class Normalizer::Run {
  public:
   Run(const Normalizer& normalizer, std::string_view text, Normalized& out)
-      : normalizer_(normalizer), text_(text), out_(out) {}
+      : normalizer_(normalizer), tables_(normalizer.tables()), text_(text), out_(out) {}
 
   void run() {
     out_.text.clear();
@@ -84,7 +86,7 @@ class Normalizer::Run {
   }
 
   void add(char32_t c, std::string_view bytes) {
-    const uint8_t flags = char_flags(c) & normalizer_.relevant_;
+    const uint8_t flags = tables_.char_flags(c) & normalizer_.relevant_;
     if (flags == 0) {
       flush();
       out_.text.append(bytes);
@@ -112,15 +114,15 @@ class Normalizer::Run {
     }
     char32_t buffer[3];
     bool is_new = false;
-    for (const char32_t part : decomposition(c, buffer)) {
-      add_part(part, char_flags(part) & normalizer_.relevant_, is_new);
+    for (const char32_t part : tables_.decomposition(c, buffer)) {
+      add_part(part, tables_.char_flags(part) & normalizer_.relevant_, is_new);
       is_new = true;
     }
   }
 
   void add_part(char32_t c, uint8_t flags, bool is_new) {
     if (flags & kCombining) {
-      pending_.push_back({c, combining_class(c), is_new});
+      pending_.push_back({c, tables_.combining_class(c), is_new});
       if (kAligned && !is_new) pending_sources_.push_back(index_);
     } else {
       flush();
@@ -137,7 +139,7 @@ class Normalizer::Run {
     size_t next_source = 0;
     for (const Pending& part : pending_) {
       if (kAligned && !part.is_new) last_source_ = pending_sources_[next_source++];
-      put_lower(part.c, char_flags(part.c), last_source_);
+      put_lower(part.c, tables_.char_flags(part.c), last_source_);
     }
     pending_.clear();
     pending_sources_.clear();
@@ -146,7 +148,7 @@ class Normalizer::Run {
   void put_lower(char32_t c, uint8_t flags, uint32_t source) {
     if (normalizer_.strip_ && (flags & kMark)) return;
     if (normalizer_.lower_ && (flags & kLowers)) {
-      for (const char32_t part : lowercase(c)) put(part, source);
+      for (const char32_t part : tables_.lowercase(c)) put(part, source);
     } else {
       put(c, source);
     }
@@ -162,6 +164,7 @@ class Normalizer::Run {
   }
 
   const Normalizer& normalizer_;
+  const UnicodeTables& tables_;
   const std::string_view text_;
   Normalized& out_;
   uint32_t index_ = 0;  // of the character at hand; not kept up in ASCII unless aligned

@@ -2,9 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "unicode.h"
 
 namespace fastbert {
 
@@ -20,7 +23,10 @@ struct Normalized {
 //   "Ça\t日本" -> "ca  日  本 ", source 0 1 2 3 3 3 3 3 4 4 4 4 4
 class Normalizer {
  public:
-  Normalizer(bool lowercase, bool strip_accents, bool chinese_chars);
+  Normalizer(std::shared_ptr<const UnicodeTables> tables, bool lowercase, bool strip_accents,
+             bool chinese_chars);
+
+  const UnicodeTables& tables() const { return *tables_; }
 
   // Replaces `out` by the normal form of `text` (valid UTF-8).
   void normalize(std::string_view text, Normalized& out) const;
@@ -28,7 +34,8 @@ class Normalizer {
   // The same, with `out.source`.
   void normalize_aligned(std::string_view text, Normalized& out) const;
 
-  bool lowers() const { return lower_; }
+  // Whether capitals of ASCII become small letters.
+  bool lowers_ascii() const { return ascii_[static_cast<int>('A')] == 'a'; }
 
   // The CharFlags that these options act on: a character without them is copied.
   uint8_t relevant() const { return relevant_; }
@@ -37,6 +44,7 @@ class Normalizer {
   template <bool kAligned>
   class Run;
 
+  std::shared_ptr<const UnicodeTables> tables_;
   char ascii_[128];  // what becomes of an ASCII character: 0 if removed
   bool strip_;
   bool lower_;

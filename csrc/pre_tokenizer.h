@@ -10,7 +10,7 @@ namespace fastbert {
 
 enum class CharKind : uint8_t { kWord, kSpace, kPunctuation };
 
-// The kinds of ASCII characters, copied from the Unicode tables once.
+// The kinds of ASCII characters, which are the same in all tables, copied once.
 class AsciiKinds {
  public:
   AsciiKinds();
@@ -22,11 +22,11 @@ class AsciiKinds {
 extern const AsciiKinds kAsciiKinds;
 
 // Calls visit(begin, end), byte positions in `text`, for one word after the other until it
-// returns false. `text` is normalised: its only white space is ' '.
+// returns false. `text` is normalised, by `tables`: its only white space is ' '.
 //
 //   "it's new" -> "it" "'" "s" "new"
 template <class Visit>
-void for_each_word(std::string_view text, Visit&& visit) {
+void for_each_word(std::string_view text, const UnicodeTables& tables, Visit&& visit) {
   const char* const data = text.data();
   const size_t size = text.size();
   size_t begin = 0;  // of the word at hand
@@ -39,7 +39,7 @@ void for_each_word(std::string_view text, Visit&& visit) {
     } else {
       const Decoded decoded = decode_utf8(data + at);
       step = decoded.size;
-      kind = char_flags(decoded.c) & kPunctuation ? CharKind::kPunctuation : CharKind::kWord;
+      kind = tables.char_flags(decoded.c) & kPunctuation ? CharKind::kPunctuation : CharKind::kWord;
     }
     if (kind != CharKind::kWord) {
       if (at != begin && !visit(begin, at)) return;

@@ -1,10 +1,12 @@
-// UTF-8, and what HF tokenizers does with each code point (tables by generate_unicode_tables.py).
+// UTF-8, and what tokenizers do with each code point.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 namespace fastbert {
 
@@ -19,18 +21,53 @@ enum CharFlags : uint8_t {
   kCombining = 128,  // has a canonical combining class other than 0
 };
 
-// A combination of CharFlags.
-uint8_t char_flags(char32_t c);
+// The entry of code point c is values[pages[c >> 8] << 8 | (c & 0xFF)].
+template <class T>
+struct TwoStage {
+  T operator[](char32_t c) const { return values[pages[c >> 8] << 8 | (c & 0xFF)]; }
 
-// Canonical combining class: 0 unless kCombining.
-uint8_t combining_class(char32_t c);
+  const uint16_t* pages;
+  const T* values;
+};
 
-// Up to three jamo of a Hangul syllable, or the table's entry: all of the canonical decomposition,
-// not only its first step. Empty unless kDecomposes. `buffer` holds the jamo.
-std::u32string_view decomposition(char32_t c, char32_t (&buffer)[3]);
+class UnicodeTables {
+ public:
+  // Those of HF tokenizers, which generate_unicode_tables.py has made.
+  UnicodeTables();
 
-// Empty unless kLowers.
-std::u32string_view lowercase(char32_t c);
+  // `flags` and `combining` hold a byte for each code point: CharFlags, and canonical combining
+  // classes. kDecomposes and kCombining are set here, from the other two arguments. What
+  // `decompositions` says of Hangul syllables is not looked at. No character has a lowercase.
+  // Throws std::invalid_argument where there is not a byte for each code point.
+  UnicodeTables(std::string_view flags, std::string_view combining,
+                const std::vector<std::pair<char32_t, std::u32string>>& decompositions);
+
+  UnicodeTables(const UnicodeTables&) = delete;
+  UnicodeTables& operator=(const UnicodeTables&) = delete;
+
+  // A combination of CharFlags.
+  uint8_t char_flags(char32_t c) const { return flags_[c]; }
+
+  // Canonical combining class: 0 unless kCombining.
+  uint8_t combining_class(char32_t c) const { return combining_[c]; }
+
+  // Up to three jamo of a Hangul syllable, or the table's entry: all of the canonical
+  // decomposition, not only its first step. Empty unless kDecomposes. `buffer` holds the jamo.
+  std::u32string_view decomposition(char32_t c, char32_t (&buffer)[3]) const;
+
+  // Empty unless kLowers.
+  std::u32string_view lowercase(char32_t c) const;
+
+ private:
+  std::vector<uint16_t> own_pages_, own_index_;
+  std::vector<uint8_t> own_flags_, own_combining_;
+  std::u32string own_pool_;
+
+  TwoStage<uint8_t> flags_, combining_;
+  TwoStage<uint16_t> decomposition_index_, lowercase_index_;  // where images are in the pools
+  const char32_t* decomposition_pool_;                        // the size of each image before it
+  const char32_t* lowercase_pool_;
+};
 
 // `\s` and `\w` of the matcher of added tokens, which are not the classes of clean_text.
 bool is_white_space(char32_t c);

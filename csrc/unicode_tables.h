@@ -5,16 +5,16 @@
 
 namespace fastbert {
 
-extern const uint8_t flags_pages[];
+extern const uint16_t flags_pages[];
 extern const uint8_t flags[];
-extern const uint8_t combining_pages[];
+extern const uint16_t combining_pages[];
 extern const uint8_t combining[];
-extern const uint8_t matcher_pages[];
+extern const uint16_t matcher_pages[];
 extern const uint8_t matcher[];
-extern const uint8_t decomposition_index_pages[];
+extern const uint16_t decomposition_index_pages[];
 extern const uint16_t decomposition_index[];
 extern const char32_t decomposition_pool[];
-extern const uint8_t lowercase_index_pages[];
+extern const uint16_t lowercase_index_pages[];
 extern const uint16_t lowercase_index[];
 extern const char32_t lowercase_pool[];
 

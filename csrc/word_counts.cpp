@@ -18,7 +18,7 @@ void WordCounts::add(const std::vector<std::string_view>& texts, size_t n_thread
     std::string word;
     for (size_t i = next++; i < texts.size(); i = next++) {
       normalizer_.normalize(texts[i], normalized);
-      for_each_word(normalized.text, [&](size_t begin, size_t end) {
+      for_each_word(normalized.text, normalizer_.tables(), [&](size_t begin, size_t end) {
         word.assign(normalized.text, begin, end - begin);
         ++table[word];
         return true;

@@ -15,8 +15,8 @@ std::vector<std::pair<std::string_view, int32_t>> views(
 }  // namespace
 
 WordPiece::WordPiece(const std::vector<std::pair<std::string, int32_t>>& vocab,
-                     const std::string& unknown)
-    : trie_(views(vocab)), inner_(trie_.descend("##")) {
+                     const std::string& unknown, size_t max_chars)
+    : trie_(views(vocab)), inner_(trie_.descend("##")), max_chars_(max_chars) {
   for (const auto& [token, id] : vocab) {
     if (token == unknown) unknown_id_ = id;
   }
@@ -30,7 +30,7 @@ WordPiece::WordPiece(const std::vector<std::pair<std::string, int32_t>>& vocab,
 template <class OnPiece>
 bool WordPiece::split(std::string_view word, OnPiece&& on_piece) const {
   // A character has one byte at least, so only words of more bytes need a count.
-  if (word.size() > kMaxChars && count_chars(word) > kMaxChars) return false;
+  if (word.size() > max_chars_ && count_chars(word) > max_chars_) return false;
   uint32_t from = Trie::kRoot;
   for (size_t at = 0; at < word.size();) {
     if (from == Trie::kNowhere) return false;

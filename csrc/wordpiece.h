@@ -13,17 +13,16 @@
 namespace fastbert {
 
 // Splits a word into pieces, longest match first, left to right. All pieces but the first are in
-// the vocabulary with "##" in front. A word with no such split, or of more than 100 characters,
-// becomes the one unknown id.
+// the vocabulary with "##" in front. A word with no such split, or of more than `max_chars`
+// characters, becomes the one unknown id.
 //
 //   "unaffable" -> "un" "##aff" "##able"
 class WordPiece {
  public:
-  static constexpr size_t kMaxChars = 100;
-
   // `vocab` holds distinct tokens and their ids, which are not negative.
   // Throws std::invalid_argument when it lacks `unknown`.
-  WordPiece(const std::vector<std::pair<std::string, int32_t>>& vocab, const std::string& unknown);
+  WordPiece(const std::vector<std::pair<std::string, int32_t>>& vocab, const std::string& unknown,
+            size_t max_chars);
 
   // Appends the ids of `word` (UTF-8, normalised, no white space, not empty) to `ids`.
   void encode(std::string_view word, Ints& ids) const;
@@ -38,6 +37,7 @@ class WordPiece {
   Trie trie_;
   uint32_t inner_;  // the node of "##"
   int32_t unknown_id_ = -1;
+  size_t max_chars_;
 };
 
 }  // namespace fastbert

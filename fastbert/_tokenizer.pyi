@@ -1,7 +1,7 @@
 """What csrc/bindings.cpp offers; fastbert.tokenizer is its interface."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,17 @@ class Rows:
     def matched(self) -> list[tuple[int, str]]: ...
 
 class WordPiece:
-    def __init__(self, vocab: list[tuple[str, int]], unknown: str) -> None: ...
+    def __init__(
+        self, vocab: list[tuple[str, int]], unknown: str, max_chars: int = 100
+    ) -> None: ...
+
+class UnicodeTables:
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(
+        self, *, flags: bytes, combining: bytes, decompositions: list[tuple[str, str]]
+    ) -> None: ...
 
 class AddedToken:
     def __init__(
@@ -49,6 +59,7 @@ class Tokenizer:
         self,
         pieces: WordPiece,
         *,
+        tables: UnicodeTables,
         lowercase: bool,
         strip_accents: bool,
         chinese_chars: bool,

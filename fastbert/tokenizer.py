@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from numpy.typing import NDArray
 
-from fastbert import _tokenizer, tokenizer_files
+from fastbert import _tokenizer, google_compat, tokenizer_files
 from fastbert.encoding import (
     BatchEncoding,
     Details,
@@ -51,8 +51,11 @@ class BertTokenizer:
     to id. strip_accents: None for the value of do_lower_case. Special tokens that the vocabulary
     lacks are added behind it, but unk_token must be there.
 
-    Raises ValueError when the vocabulary cannot be read, holds a token or an id twice, or has no
-    unk_token.
+    compat: "google" tokenizes as google-research/bert's tokenization.py does, which finds no
+    special tokens in a text; transformers tokenizes as ever with what such a tokenizer has saved.
+
+    Raises ValueError when compat is not known, or the vocabulary cannot be read, holds a token or
+    an id twice, or has no unk_token.
     """
 
     unk_token: str
@@ -94,6 +97,7 @@ class BertTokenizer:
         clean_up_tokenization_spaces: bool = False,
         split_special_tokens: bool = False,
         name_or_path: str = "",
+        compat: str = "hf",
     ) -> None:
         named = {
             "bos_token": bos_token,
@@ -112,7 +116,11 @@ class BertTokenizer:
         if vocab is None:
             order = (pad_token, unk_token, cls_token, sep_token, mask_token)
             vocab = {str(token): i for i, token in enumerate(order)}
-        self._vocab = dict(vocab) if isinstance(vocab, dict) else tokenizer_files.read_vocab(vocab)
+        self.compat = one_of("compat", compat, ("hf", "google"))
+        google = compat == "google"
+        if not isinstance(vocab, dict):
+            vocab = tokenizer_files.read_vocab(vocab, strip=google)
+        self._vocab = dict(vocab)
         tokenizer_files.check_vocab(self._vocab)
         self.do_lower_case = do_lower_case
         self.tokenize_chinese_chars = tokenize_chinese_chars
@@ -122,7 +130,7 @@ class BertTokenizer:
         self.truncation_side = one_of("truncation_side", truncation_side, ("right", "left"))
         self.model_input_names = list(model_input_names)
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
-        self.split_special_tokens = split_special_tokens
+        self.split_special_tokens = split_special_tokens or google
         self.name_or_path = name_or_path
 
         if extra_special_tokens is None:
@@ -155,19 +163,27 @@ class BertTokenizer:
         self._build()
 
     def _build(self) -> None:
-        self._pieces = _tokenizer.WordPiece(list(self._vocab.items()), self._unknown)
+        max_chars = google_compat.MAX_WORD_CHARS if self.compat == "google" else 100
+        self._pieces = _tokenizer.WordPiece(list(self._vocab.items()), self._unknown, max_chars)
         self._refresh()
 
     def _refresh(self) -> None:
         """Make the C++ tokenizer, which never changes: a new one takes up new tokens."""
+        lower = self.do_lower_case
+        strip = lower if self.strip_accents is None else self.strip_accents
+        tables = _tokenizer.UnicodeTables()
+        if self.compat == "google":
+            tables = google_compat.unicode_tables(lower, strip)
+            lower, strip = False, True
         self._core = _tokenizer.Tokenizer(
             self._pieces,
-            lowercase=self.do_lower_case,
-            strip_accents=self.do_lower_case if self.strip_accents is None else self.strip_accents,
+            tables=tables,
+            lowercase=lower,
+            strip_accents=strip,
             chinese_chars=self.tokenize_chinese_chars,
             added=[
                 _tokenizer.AddedToken(
-                    content=content,
+                    content=self._seen(content),
                     id=self._added[content],
                     single_word=token.single_word,
                     lstrip=token.lstrip,
@@ -183,9 +199,14 @@ class BertTokenizer:
         # HF tokenizers shows a token that is normalised as what it matches, from then on.
         for content, token in self._settings.items():
             if token.normalized:
-                self._normal[self._added[content]] = self._core.normalize(content)
+                self._normal[self._added[content]] = self._core.normalize(self._seen(content))
         self._tokens = {id: token for token, id in self.get_vocab().items()} | self._normal
         self._decoded: dict[int, str] = {}
+
+    def _seen(self, texts: Any, errors: str = "strict") -> Any:
+        """Texts, in lists or not, as the C++ tokenizer is to see them."""
+        google = self.compat == "google" and self.do_lower_case
+        return google_compat.with_lower_sigmas(texts, errors) if google else texts
 
     def __getstate__(self) -> dict[str, Any]:
         made = ("_pieces", "_core", "_tokens", "_decoded")
@@ -373,7 +394,7 @@ class BertTokenizer:
         core, tokens, pad_token = self._core, self._tokens, self.pad_token
         truncate_left = self.truncation_side == "left"
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
-        texts, pairs = copied(texts), copied(pairs)
+        texts, pairs = copied(self._seen(texts)), copied(self._seen(pairs))
 
         def encode(details: bool) -> tuple[_tokenizer.Rows, Layout]:
             rows = core.encode(
@@ -451,8 +472,8 @@ class BertTokenizer:
         """
         self._check_pack(texts, text_pairs, max_length, num_threads)
         rows = self._core.encode(
-            texts,
-            text_pairs,
+            self._seen(texts, errors),
+            self._seen(text_pairs, errors),
             bytes=True,
             errors=errors,
             split_special_tokens=self.split_special_tokens,
@@ -483,8 +504,8 @@ class BertTokenizer:
         if not isinstance(texts, str) or text_pairs is not None or max_length < 3:
             self._check_pack(texts, text_pairs, max_length, num_threads)
         return self._core.encode_arrays(
-            texts,
-            text_pairs,
+            self._seen(texts),
+            self._seen(text_pairs),
             max_length,
             truncation,
             self.split_special_tokens,
@@ -619,6 +640,7 @@ class BertTokenizer:
             "split_special_tokens": self.split_special_tokens,
             "extra_special_tokens": self.extra_special_tokens,
             **{name: getattr(self, name) for name in SPECIAL_NAMES},
+            **({} if self.compat == "hf" else {"compat": self.compat}),
         }
         added = {self._added[content]: token for content, token in self._settings.items()}
         saved = tokenizer_files.tokenizer_json(

@@ -64,20 +64,23 @@ class AddedToken:
 # ---- Vocabularies
 
 
-def read_vocab(path: str | os.PathLike[str]) -> dict[str, int]:
-    """Ids of the tokens of a vocab.txt: the numbers of their lines, from 0."""
+def read_vocab(path: str | os.PathLike[str], strip: bool = False) -> dict[str, int]:
+    """Ids of the tokens of a vocab.txt: the numbers of their lines, from 0.
+
+    strip: take the lines without white space at both ends, as `str.strip` has it.
+    """
     text = _read_text(Path(path))
     try:
-        return _parse_vocab(text)
+        return _parse_vocab(text, strip)
     except ValueError as error:
         raise ValueError(f"{path} must hold each token once, but {error}") from None
 
 
-def _parse_vocab(text: str) -> dict[str, int]:
+def _parse_vocab(text: str, strip: bool = False) -> dict[str, int]:
     lines = text.removesuffix("\n").split("\n")
     vocab: dict[str, int] = {}
     for id, line in enumerate(lines):
-        token = line.rstrip(_WHITE_SPACE)
+        token = line.strip() if strip else line.rstrip(_WHITE_SPACE)
         if token in vocab:
             raise ValueError(f"lines {vocab[token] + 1} and {id + 1} hold the same token {token!r}")
         vocab[token] = id

@@ -223,7 +223,7 @@ def test_pack_edges(uncased):
     assert ours.pack([""]).input_ids.tolist() == [ours.cls_token_id, ours.sep_token_id]
     with pytest.raises(TypeError, match="texts must be a list of str or an Arrow array, got str"):
         ours.pack("one")
-    with pytest.raises(TypeError, match="text 1 must be str, got NoneType"):
+    with pytest.raises(TypeError, match="text 1 must be str or bytes, got NoneType"):
         ours.pack(["one", None])
     with pytest.raises(ValueError, match="1 texts do not go with 2"):
         ours.pack(["one"], ["two", "three"])
