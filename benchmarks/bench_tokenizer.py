@@ -198,7 +198,9 @@ def bench_packed(timed, peer, workload):
     vocab = WORKLOADS[workload][1]
     peer, cold = ("fastbert", True) if peer == COLD else (peer, False)
     facts = {"bytes": size(texts), "cold": cold}
-    compare(timed, workload, peer, vocab, "packed", [texts], warm=[warm], **facts)
+    compare(
+        timed, f"{workload} to packed ids", peer, vocab, "packed", [texts], warm=[warm], **facts
+    )
 
 
 def batches(texts):
@@ -315,8 +317,8 @@ def nasty_texts():
     draw = random.Random(0)
 
     def word():
-        block = draw.choice(blocks)
-        return "".join(chr(draw.randrange(*block)) for _ in range(draw.randint(1, 8)))
+        mixed = draw.choices(blocks, k=2)
+        return "".join(chr(draw.randrange(*draw.choice(mixed))) for _ in range(draw.randint(1, 8)))
 
     texts = [" ".join(word() for _ in range(draw.randint(1, 5))) for _ in range(1670 - len(NASTY))]
     return NASTY + texts

@@ -102,7 +102,9 @@ def table(results):
     lines = []
     for group in dict.fromkeys(r["group"] for r in results):
         members = [r for r in results if r["group"] == group]
-        members.sort(key=lambda r: r.get("median_s", r.get("memory", math.inf)))
+        members.sort(
+            key=lambda r: r.get("median_s", r.get("memory", 2 - r.get("exact", -math.inf)))
+        )
         columns = [c for c in COLUMNS if any(cell(c, r) for r in members)]
         padding = f", {members[0]['padding']:.0%} padding" if "padding" in members[0] else ""
         lines += ["", f"**{group}**{padding}", ""]
