@@ -16,6 +16,7 @@ from tokenizer_peers import DATA, LENGTH, PEERS, installed, memory, vocab_file
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real texts: {DATA} is not there")
 UNCASED, CHINESE, CASED = "bert-base-uncased", "bert-base-chinese", "bert-base-multilingual-cased"
+SLOW = "tokenizers", "transformers"
 LARGEST = 4_000_000  # bytes timed of one kind of text
 
 
@@ -152,12 +153,12 @@ def wanted(group, vocab, call, arguments):
     return WANTED[group]
 
 
-def compare(timed, group, peer, vocab, call, arguments, *, warm=(), cold=False, **facts):
+def compare(timed, group, peer, vocab, call, arguments, *, warm=(), **facts):
     """Time `call` of a peer for each of `arguments`, after those of `warm`.
 
-    Peers with caches are made and warmed anew for each round; `cold`: not warmed.
+    Peers with caches are made and warmed anew for each round.
     """
-    provider = f"{peer}, cold caches" if cold else peer
+    facts = {"provider": peer, "rounds": 3 if peer in SLOW else 9, **facts}
     if not installed(peer):
         timed(lambda: None, group, provider=f"{peer} (not installed)", untimed=True)
         return
@@ -168,8 +169,7 @@ def compare(timed, group, peer, vocab, call, arguments, *, warm=(), cold=False, 
         if not PEERS[peer].has_caches:
             return made(peer, vocab, call)
         tokenizer = PEERS[peer](vocab)
-        if not cold:
-            run(tokenizer, call, warm)
+        run(tokenizer, call, warm)
         return tokenizer
 
     tokenizer = prepare()
@@ -180,8 +180,6 @@ def compare(timed, group, peer, vocab, call, arguments, *, warm=(), cold=False, 
     timed(
         lambda tokenizer: run(tokenizer, call, arguments),
         group,
-        provider=provider,
-        rounds=3 if peer in ("tokenizers", "transformers") else 9,
         setup=prepare,
         exact=sum(same) / len(same),
         **facts,
@@ -196,11 +194,9 @@ COLD = "fastbert, cold caches"
 def bench_packed(timed, peer, workload):
     warm, texts = halves(workload)
     vocab = WORKLOADS[workload][1]
-    peer, cold = ("fastbert", True) if peer == COLD else (peer, False)
-    facts = {"bytes": size(texts), "cold": cold}
-    compare(
-        timed, f"{workload} to packed ids", peer, vocab, "packed", [texts], warm=[warm], **facts
-    )
+    group, facts = f"{workload} to packed ids", {"provider": peer, "bytes": size(texts)}
+    warm, peer = ([], "fastbert") if peer == COLD else ([warm], peer)
+    compare(timed, group, peer, vocab, "packed", [texts], warm=warm, **facts)
 
 
 def batches(texts):
@@ -218,6 +214,9 @@ def bench_padded(timed, peer):
 @pytest.mark.parametrize("peer", PEERS)
 def bench_offsets(timed, peer):
     warm, texts = halves("AG News")
+    if peer == "fastbert":
+        ours, theirs = (PEERS[p](UNCASED) for p in (peer, "tokenizers"))
+        assert ours.spans(ours.offsets(texts)) == theirs.spans(theirs.offsets(texts))
     facts = {"warm": [warm], "bytes": size(texts)}
     compare(timed, "AG News, with offsets", peer, UNCASED, "offsets", [texts], **facts)
 
@@ -238,7 +237,7 @@ def bench_threads(timed, cpus, num_threads):
 
     def prepare():
         tokenizer = PEERS["fastbert"](UNCASED)
-        tokenizer.packed(warm)
+        tokenizer.packed(warm, num_threads)
         return tokenizer
 
     timed(
@@ -276,22 +275,32 @@ WORST = {"10 MB without a space": without_spaces, "words of 100 that nearly matc
 @pytest.mark.parametrize("case", WORST)
 def bench_worst(timed, peer, case):
     texts = WORST[case]()
-    compare(timed, case, peer, UNCASED, "packed", [texts], cold=True, bytes=size(texts))
+    compare(
+        timed,
+        case,
+        peer,
+        UNCASED,
+        "packed",
+        [texts],
+        rounds=1 if peer in SLOW else 9,
+        bytes=size(texts),
+    )
 
 
 @pytest.mark.parametrize("peer", ["fastbert", "transformers"])
 def bench_overflow(timed, peer):
     words = " ".join(lines("corpus/en_novels.txt.gz")[:500]).split()
     pair = " ".join(words[:4000]), " ".join(words[4000:8000])
-    options = {"max_length": 512, "stride": 128, "return_overflowing_tokens": True}
+    options = {"truncation": True, "max_length": 256, "stride": 64, "padding": True}
+    options |= {"return_overflowing_tokens": True, "return_tensors": "np"}
     first, other = (PEERS[p](UNCASED).tokenizer for p in (peer, "transformers"))
-    found, expected = (t(*pair, truncation=True, **options)["input_ids"] for t in (first, other))
-    assert found == expected
+    found, expected = (tokenizer(*pair, **options)["input_ids"] for tokenizer in (first, other))
+    assert (found == expected).all()
     timed(
-        lambda: first(*pair, truncation=True, **options),
-        "a pair of 4,000 words each, windows of 512, stride 128",
+        lambda: first(*pair, **options),
+        f"a pair of 4,000 words each, {len(found):,} windows of 256, stride 64",
         provider=peer,
-        rounds=3,
+        rounds=1 if peer in SLOW else 9,
     )
 
 

@@ -30,7 +30,7 @@ def vocab_file(vocab):
 
 
 def lowercase(vocab):
-    return "uncased" in vocab
+    return not vocab.endswith("-cased")
 
 
 def transformers_tokenizer(vocab):
@@ -76,6 +76,9 @@ class Fastbert:
             return out["input_ids"]
         ids = out.input_ids.tolist()
         return [ids[a:b] for a, b in pairwise(out.cu_seqlens.tolist())]
+
+    def spans(self, out):
+        return out["offset_mapping"]
 
 
 class Transformers:
@@ -132,6 +135,9 @@ class HuggingFace:
 
     def ids(self, out):
         return [row.ids for row in out]
+
+    def spans(self, out):
+        return [row.offsets for row in out]
 
 
 class Tokie(HuggingFace):
@@ -208,7 +214,7 @@ class BlingFire:
         return [encode(model, text.encode(), len(text) + 2, UNK, True) for text in texts]
 
     def query(self, text):
-        # Room for a token a character, and for the jamo of one.
+        # Room for a token a character.
         return self.blingfire.text_to_ids(self.model, text, len(text) + 2, UNK, True)
 
     def ids(self, out):
