@@ -1,6 +1,7 @@
 """pytest-benchmark's JSON to a results file and a table: `report.py RUN.json`."""
 
 import json
+import math
 import platform
 import re
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-BASELINE = ("transformers sdpa", "a call a sequence")
+BASELINE = ("transformers sdpa", "a call a sequence", "tokenizers", "one thread")
 MARKS = "<!-- {} of the table made by report.py -->"
 
 
@@ -28,6 +29,11 @@ def machine():
         "sentence-transformers",
         "onnxruntime",
         "ctranslate2",
+        "tokenizers",
+        "tokie",
+        "flash-tokenizer",
+        "blingfire",
+        "tensorflow-text",
     )
     versions = {}
     for name in packages:
@@ -52,37 +58,60 @@ def rows(run):
     made = []
     for bench in run["benchmarks"]:
         stats, extra = bench["stats"], bench["extra_info"]
-        made.append(
-            {
-                "group": bench["group"],
-                **extra,
-                "median_s": stats["median"],
-                "min_s": stats["min"],
-                "max_s": stats["max"],
-                "rounds": stats["rounds"],
-                "tokens_per_s": extra["tokens"] / stats["median"],
-            }
-        )
-    base = {r["group"]: r["median_s"] for r in made if r["provider"] in BASELINE}
+        row = {"group": bench["group"], **extra}
+        made.append(row)
+        if extra.get("untimed"):
+            continue
+        for name in ("median", "min", "max"):
+            row[f"{name}_s"] = stats[name] / extra.get("calls", 1)
+        row["rounds"] = stats["rounds"]
+        for name in ("tokens", "bytes"):
+            if name in extra:
+                row[f"{name}_per_s"] = extra[name] / stats["median"]
+    base = {r["group"]: r["median_s"] for r in made if r["provider"] in BASELINE and "rounds" in r}
     for row in made:
-        row["ratio"] = base[row["group"]] / row["median_s"] if row["group"] in base else None
+        timed = row["group"] in base and "rounds" in row
+        row["ratio"] = base[row["group"]] / row["median_s"] if timed else None
     return made
+
+
+def seconds(value):
+    return f"{1e3 * value:,.1f} ms" if value >= 1e-3 else f"{1e6 * value:,.2f} us"
+
+
+COLUMNS = {
+    "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+    "MB/s": lambda row: f"{row['bytes_per_s'] / 1e6:,.1f}",
+    "median": lambda row: seconds(row["median_s"]),
+    "min to max": lambda row: f"{seconds(row['min_s'])} to {seconds(row['max_s'])}",
+    "ratio": lambda row: f"{row['ratio']:.2f}" if row["ratio"] else "",
+    "memory": lambda row: f"{row['memory'] / 1e6:,.0f} MB",
+    # Rounded down: 100% is all of them.
+    "exact": lambda row: f"{math.floor(1000 * row['exact']) / 10:.1f}%",
+}
+
+
+def cell(column, row):
+    try:
+        return COLUMNS[column](row)
+    except KeyError:  # not measured
+        return ""
 
 
 def table(results):
     lines = []
     for group in dict.fromkeys(r["group"] for r in results):
         members = [r for r in results if r["group"] == group]
-        lines += ["", f"**{group}**, {members[0]['padding']:.0%} padding", ""]
-        lines += ["| | tokens/s | median | min to max | ratio |", "|---|---:|---:|---:|---:|"]
-        for r in sorted(members, key=lambda r: r["median_s"]):
-            ms = [f"{1e3 * r[k]:,.1f} ms" for k in ("median_s", "min_s", "max_s")]
-            ratio = f"{r['ratio']:.2f}" if r["ratio"] else ""
-            name = r["provider"]
-            lines.append(
-                f"| {name} | {r['tokens_per_s']:,.0f} | {ms[0]} | {ms[1]} to {ms[2]} | {ratio} |"
-            )
-    return "\n".join(lines)
+        members.sort(
+            key=lambda r: r.get("median_s", r.get("memory", 2 - r.get("exact", -math.inf)))
+        )
+        columns = [c for c in COLUMNS if any(cell(c, r) for r in members)]
+        padding = f", {members[0]['padding']:.0%} padding" if "padding" in members[0] else ""
+        lines += ["", f"**{group}**{padding}", ""]
+        lines += [f"| | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+        for row in members:
+            lines.append(" | ".join(["| " + row["provider"], *(cell(c, row) for c in columns), ""]))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def main(path):
