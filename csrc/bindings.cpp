@@ -84,12 +84,6 @@ class Inputs {
     }
   }
 
-  // One text.
-  explicit Inputs(const py::object& text) : bytes_(true) {
-    batch_.inputs.emplace_back();
-    batch_.inputs[0].first = add(text, "text", 0);
-  }
-
   ~Inputs() {
     for (Py_buffer& buffer : buffers_) PyBuffer_Release(&buffer);
     for (ArrowArray& array : arrays_) array.release(&array);
@@ -301,27 +295,30 @@ py::array_t<T> owned(size_t n) {
   return py::array_t<T>(static_cast<py::ssize_t>(n));
 }
 
-// One call from texts to arrays, with as little in between as can be: for single queries.
-py::tuple encode_arrays(const Tokenizer& tokenizer, const py::object& texts,
-                        const py::object& pairs, size_t max_length, const std::string& truncation,
-                        bool split_special_tokens, bool truncate_left, bool details,
-                        size_t num_threads) {
+// The ids of one str, and where it begins and ends in them, with as little around as can be.
+py::tuple encode_query(const Tokenizer& tokenizer, const py::str& text, size_t max_length,
+                       bool split_special_tokens, bool truncate_left) {
+  constexpr size_t kLarge = 1 << 14;  // bytes that are worth letting other Python threads run for
   EncodeOptions options;
-  options.reading = {split_special_tokens, details, false};
-  options.truncation = to_truncation(truncation);
+  options.reading.split_special_tokens = split_special_tokens;
+  options.truncation = Truncation::kLongestFirst;
   options.max_length = max_length;
   options.truncate_left = truncate_left;
-  const bool single = PyUnicode_Check(texts.ptr()) && pairs.is_none();
-  const auto inputs = single ? std::make_unique<Inputs>(texts)
-                             : std::make_unique<Inputs>(texts, pairs, false, true);
-  const Rows rows = encode(tokenizer, *inputs, options, num_threads);
-  py::array_t<int64_t> ids = owned<int64_t>(rows.n_tokens());
-  py::array_t<int32_t> cu_seqlens = owned<int32_t>(rows.n_rows() + 1);
-  rows.write_offsets({}, cu_seqlens.mutable_data());
-  rows.write(Column::kIds, {}, num_threads, ids.mutable_data());
-  if (!details) return py::make_tuple(std::move(ids), std::move(cu_seqlens));
-  return py::make_tuple(std::move(ids), std::move(cu_seqlens),
-                        column(rows, "spans", py::dtype::of<int64_t>(), 0, 0, false, num_threads));
+  const Text view = view_of_str(text.ptr());
+  static thread_local Ints ids;
+  ids.clear();
+  if (view.n_bytes() < kLarge) {
+    tokenizer.encode_one(view, options, ids);
+  } else {
+    const py::gil_scoped_release release;
+    tokenizer.encode_one(view, options, ids);
+  }
+  py::array_t<int64_t> out = owned<int64_t>(ids.size());
+  std::copy(ids.begin(), ids.end(), out.mutable_data());
+  py::array_t<int32_t> cu_seqlens = owned<int32_t>(2);
+  cu_seqlens.mutable_data()[0] = 0;
+  cu_seqlens.mutable_data()[1] = static_cast<int32_t>(ids.size());
+  return py::make_tuple(std::move(out), std::move(cu_seqlens));
 }
 
 std::vector<std::string> train(const WordCounts& counts, const py::object& progress, size_t size,
@@ -422,9 +419,8 @@ PYBIND11_MODULE(_tokenizer, m) {
            py::arg("split_special_tokens") = false, py::arg("truncation") = "do_not_truncate",
            py::arg("max_length") = 0, py::arg("stride") = 0, py::arg("truncate_left") = false,
            py::arg("overflow") = false, py::arg("details") = false, py::arg("num_threads") = 0)
-      .def("encode_arrays", &encode_arrays, py::arg("texts"), py::arg("pairs"),
-           py::arg("max_length"), py::arg("truncation"), py::arg("split_special_tokens"),
-           py::arg("truncate_left"), py::arg("details"), py::arg("num_threads"));
+      .def("encode_query", &encode_query, py::arg("text"), py::arg("max_length"),
+           py::arg("split_special_tokens"), py::arg("truncate_left"));
 
   m.def("n_available_cpus", &n_available_cpus);
   bind_vocab_trainer(m);

@@ -22,29 +22,40 @@ size_t n_bytes(const Batch& batch, const Input& input) {
 
 }  // namespace
 
-// One thread's work on neighbouring inputs.
-class Tokenizer::RowMaker {
+// One thread's work: an encoder, and rows of what it gives.
+class Tokenizer::Worker {
  public:
-  RowMaker(const Tokenizer& tokenizer, const Batch& batch, const EncodeOptions& options,
-           Encoder& encoder, Part& part)
-      : tokenizer_(tokenizer), batch_(batch), options_(options), encoder_(encoder), part_(part) {}
+  explicit Worker(const Tokenizer& tokenizer)
+      : encoder_(tokenizer.knowledge_), cls_id_(tokenizer.cls_id_), sep_id_(tokenizer.sep_id_) {}
 
-  // Inputs [begin, end).
-  void add(size_t begin, size_t end) {
+  // Adds the rows of inputs [begin, end) to `part`.
+  void add(const Batch& batch, const EncodeOptions& options, size_t begin, size_t end, Part& part) {
     // Memory that is never written to costs nothing, moving what is written does.
     size_t bytes = 0;
-    for (size_t i = begin; i < end; ++i) bytes += n_bytes(batch_, batch_.inputs[i]);
-    part_.tokens.ids.reserve(bytes / kBytesPerToken + kPairSpecials * (end - begin));
-    part_.rows.reserve(end - begin);
+    for (size_t i = begin; i < end; ++i) bytes += n_bytes(batch, batch.inputs[i]);
+    part.tokens.ids.reserve(bytes / kBytesPerToken + kPairSpecials * (end - begin));
+    part.rows.reserve(end - begin);
+    batch_ = &batch;
+    options_ = &options;
+    part_ = &part;
     for (size_t i = begin; i < end; ++i) {
       try {
-        add(batch_.inputs[i], static_cast<int32_t>(i));
+        add(batch.inputs[i], static_cast<int32_t>(i));
       } catch (const LoneSurrogate& error) {
         throw LoneSurrogate(place(i) + error.what());
       } catch (const std::invalid_argument& error) {
         throw std::invalid_argument(place(i) + error.what());
       }
     }
+  }
+
+  void add_one(const Text& text, const EncodeOptions& options, Ints& ids) {
+    one_.texts.assign(1, text);
+    one_.inputs.assign(1, {{0, 1}, {}, false});
+    one_part_.rows.clear();
+    one_part_.tokens.clear();
+    add(one_, options, 0, 1, one_part_);
+    ids.append(one_part_.tokens.ids.data(), one_part_.tokens.ids.size());
   }
 
  private:
@@ -54,18 +65,18 @@ class Tokenizer::RowMaker {
 
   void add(const Input& input, int32_t sample) {
     const size_t n_special =
-        options_.add_special_tokens ? (input.has_second ? kPairSpecials : kSingleSpecials) : 0;
+        options_->add_special_tokens ? (input.has_second ? kPairSpecials : kSingleSpecials) : 0;
     // HF tokenizers subtracts in unsigned numbers: below the specials there is no limit.
     const bool truncates =
-        options_.truncation != Truncation::kNone && options_.max_length >= n_special;
-    const size_t room = truncates ? options_.max_length - n_special : kNoLimit;
+        options_->truncation != Truncation::kNone && options_->max_length >= n_special;
+    const size_t room = truncates ? options_->max_length - n_special : kNoLimit;
 
     // Of a single text, tokens past the room are not looked at.
-    const bool can_stop = !options_.overflow && !options_.truncate_left && options_.stride == 0 &&
-                          options_.truncation != Truncation::kOnlySecond;
+    const bool can_stop = !options_->overflow && !options_->truncate_left &&
+                          options_->stride == 0 && options_->truncation != Truncation::kOnlySecond;
     if (!input.has_second && (!truncates || can_stop)) {
       begin_row(sample);
-      encode(input.first, room, part_.tokens);
+      encode(input.first, room, part_->tokens);
       end_row();
       return;
     }
@@ -76,15 +87,16 @@ class Tokenizer::RowMaker {
 
     const Lengths full{first_.ids.size(), second_.ids.size()};
     const Lengths kept =
-        truncates ? truncated(full, input.has_second, room, options_.truncation) : full;
+        truncates ? truncated(full, input.has_second, room, options_->truncation) : full;
     if (kept.first == full.first && kept.second == full.second) {
       add_row({0, full.first}, {0, full.second}, input.has_second, sample);
       return;
     }
-    const auto firsts = windows(full.first, kept.first, options_.stride, options_.truncate_left);
-    const auto seconds = windows(full.second, kept.second, options_.stride, options_.truncate_left);
+    const auto firsts = windows(full.first, kept.first, options_->stride, options_->truncate_left);
+    const auto seconds =
+        windows(full.second, kept.second, options_->stride, options_->truncate_left);
     add_row(firsts[0], seconds[0], input.has_second, sample);
-    if (!options_.overflow) return;
+    if (!options_->overflow) return;
     // The order of HF tokenizers: the first window of the first text comes back at the end.
     for (size_t i = 1; i < firsts.size(); ++i) {
       for (const Window& second : seconds) add_row(firsts[i], second, input.has_second, sample);
@@ -95,19 +107,19 @@ class Tokenizer::RowMaker {
   }
 
   void encode(Span texts, size_t limit, Tokens& out) {
-    encoder_.encode(batch_.texts.data() + texts.begin, texts.end - texts.begin, batch_.is_split,
-                    limit, options_.reading, out);
+    encoder_.encode(batch_->texts.data() + texts.begin, texts.end - texts.begin, batch_->is_split,
+                    limit, options_->reading, out);
   }
 
   void begin_row(int32_t sample) {
-    part_.rows.push_back({part_.tokens.ids.size(), 0, sample});
-    add_special(tokenizer_.cls_id_);
+    part_->rows.push_back({part_->tokens.ids.size(), 0, sample});
+    add_special(cls_id_);
   }
 
   // The end of the row, as long as no second text follows.
   void end_row() {
-    add_special(tokenizer_.sep_id_);
-    part_.rows.back().second = part_.tokens.ids.size();
+    add_special(sep_id_);
+    part_->rows.back().second = part_->tokens.ids.size();
   }
 
   void add_row(Window first, Window second, bool has_second, int32_t sample) {
@@ -116,40 +128,42 @@ class Tokenizer::RowMaker {
     end_row();
     if (!has_second) return;
     add_window(second_, second);
-    add_special(tokenizer_.sep_id_);
+    add_special(sep_id_);
   }
 
   void add_special(int32_t id) {
-    if (!options_.add_special_tokens) return;
-    part_.tokens.ids.push_back(id);
-    if (!options_.reading.details) return;
-    part_.tokens.spans.push_back(0);
-    part_.tokens.spans.push_back(0);
-    part_.tokens.words.push_back(-1);
+    if (!options_->add_special_tokens) return;
+    part_->tokens.ids.push_back(id);
+    if (!options_->reading.details) return;
+    part_->tokens.spans.push_back(0);
+    part_->tokens.spans.push_back(0);
+    part_->tokens.words.push_back(-1);
   }
 
   void add_window(const Tokens& tokens, Window window) {
     const auto add = [window](Ints& to, const Ints& from, size_t width) {
       to.append(from.data() + width * window.begin, width * (window.end - window.begin));
     };
-    const size_t n_before = part_.tokens.ids.size();
-    add(part_.tokens.ids, tokens.ids, 1);
-    if (!options_.reading.details) return;
-    add(part_.tokens.spans, tokens.spans, 2);
-    add(part_.tokens.words, tokens.words, 1);
+    const size_t n_before = part_->tokens.ids.size();
+    add(part_->tokens.ids, tokens.ids, 1);
+    if (!options_->reading.details) return;
+    add(part_->tokens.spans, tokens.spans, 2);
+    add(part_->tokens.words, tokens.words, 1);
     for (const auto& [index, text] : tokens.matched) {
       if (index >= window.begin && index < window.end) {
-        part_.tokens.matched.emplace_back(n_before + index - window.begin, text);
+        part_->tokens.matched.emplace_back(n_before + index - window.begin, text);
       }
     }
   }
 
-  const Tokenizer& tokenizer_;
-  const Batch& batch_;
-  const EncodeOptions& options_;
-  Encoder& encoder_;
-  Part& part_;
-  Tokens first_, second_;
+  Encoder encoder_;
+  int32_t cls_id_, sep_id_;
+  const Batch* batch_ = nullptr;
+  const EncodeOptions* options_ = nullptr;
+  Part* part_ = nullptr;
+  Tokens first_, second_;  // of a pair, or of a text that is cut to windows
+  Batch one_;
+  Part one_part_;
 };
 
 Tokenizer::Tokenizer(std::shared_ptr<const WordPiece> pieces, const Normalizer& normalizer,
@@ -157,22 +171,22 @@ Tokenizer::Tokenizer(std::shared_ptr<const WordPiece> pieces, const Normalizer& 
     : knowledge_(std::move(pieces), normalizer, added), cls_id_(cls_id), sep_id_(sep_id) {}
 
 Tokenizer::~Tokenizer() {
-  for (std::atomic<Encoder*>& slot : idle_) delete slot.load();
+  for (std::atomic<Worker*>& slot : idle_) delete slot.load();
 }
 
-std::unique_ptr<Encoder> Tokenizer::borrow() const {
-  for (std::atomic<Encoder*>& slot : idle_) {
+std::unique_ptr<Tokenizer::Worker> Tokenizer::borrow() const {
+  for (std::atomic<Worker*>& slot : idle_) {
     if (slot.load(std::memory_order_relaxed) == nullptr) continue;
-    if (Encoder* encoder = slot.exchange(nullptr)) return std::unique_ptr<Encoder>(encoder);
+    if (Worker* worker = slot.exchange(nullptr)) return std::unique_ptr<Worker>(worker);
   }
-  return std::make_unique<Encoder>(knowledge_);
+  return std::make_unique<Worker>(*this);
 }
 
-void Tokenizer::give_back(std::unique_ptr<Encoder> encoder) const {
-  for (std::atomic<Encoder*>& slot : idle_) {
-    Encoder* empty = nullptr;
-    if (slot.compare_exchange_strong(empty, encoder.get())) {
-      encoder.release();
+void Tokenizer::give_back(std::unique_ptr<Worker> worker) const {
+  for (std::atomic<Worker*>& slot : idle_) {
+    Worker* empty = nullptr;
+    if (slot.compare_exchange_strong(empty, worker.get())) {
+      worker.release();
       return;
     }
   }
@@ -182,6 +196,12 @@ std::string Tokenizer::normalize(std::string_view text) const {
   Normalized normalized;
   knowledge_.normalizer.normalize(text, normalized);
   return normalized.text;
+}
+
+void Tokenizer::encode_one(const Text& text, const EncodeOptions& options, Ints& ids) const {
+  std::unique_ptr<Worker> worker = borrow();
+  worker->add_one(text, options, ids);
+  give_back(std::move(worker));
 }
 
 Rows Tokenizer::encode(const Batch& batch, const EncodeOptions& options, size_t n_threads) const {
@@ -207,10 +227,9 @@ Rows Tokenizer::encode(const Batch& batch, const EncodeOptions& options, size_t 
   std::vector<std::exception_ptr> errors(parts.size());
   ThreadPool::instance().run(parts.size(), n_threads, [&](size_t i) {
     try {
-      std::unique_ptr<Encoder> encoder = borrow();
-      RowMaker maker(*this, batch, options, *encoder, parts[i]);
-      maker.add(bounds[i], bounds[i + 1]);
-      give_back(std::move(encoder));
+      std::unique_ptr<Worker> worker = borrow();
+      worker->add(batch, options, bounds[i], bounds[i + 1], parts[i]);
+      give_back(std::move(worker));
     } catch (...) {
       errors[i] = std::current_exception();
     }

@@ -59,20 +59,23 @@ class Tokenizer {
   // to_utf8 throws.
   Rows encode(const Batch& batch, const EncodeOptions& options, size_t n_threads) const;
 
+  // The same for one text, into `ids`, with nothing around it: for single queries.
+  void encode_one(const Text& text, const EncodeOptions& options, Ints& ids) const;
+
   // What is split into words: `text` in the form that normalised added tokens are looked for.
   std::string normalize(std::string_view text) const;
 
  private:
-  class RowMaker;
+  class Worker;
 
-  std::unique_ptr<Encoder> borrow() const;
-  void give_back(std::unique_ptr<Encoder> encoder) const;
+  std::unique_ptr<Worker> borrow() const;
+  void give_back(std::unique_ptr<Worker> worker) const;
 
   Knowledge knowledge_;
   int32_t cls_id_;
   int32_t sep_id_;
-  // Encoders that nobody uses. Slots instead of a lock: a lock could be held when a process forks.
-  mutable std::array<std::atomic<Encoder*>, 16> idle_{};
+  // Workers that nobody uses. Slots instead of a lock: a lock could be held when a process forks.
+  mutable std::array<std::atomic<Worker*>, 16> idle_{};
 };
 
 }  // namespace fastbert

@@ -86,17 +86,9 @@ class Tokenizer:
         details: bool = False,
         num_threads: int = 0,
     ) -> Rows: ...
-    def encode_arrays(
-        self,
-        texts: object,
-        pairs: object,
-        max_length: int,
-        truncation: str,
-        split_special_tokens: bool,
-        truncate_left: bool,
-        details: bool,
-        num_threads: int,
-    ) -> tuple[NDArray[Any], ...]: ...
+    def encode_query(
+        self, text: str, max_length: int, split_special_tokens: bool, truncate_left: bool
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32]]: ...
 
 class WordCounts:
     """See csrc/word_counts.h; `train` is csrc/vocab_trainer.h."""

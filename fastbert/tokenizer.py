@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 from numpy.typing import NDArray
 
 from fastbert import _tokenizer, google_compat, tokenizer_files
@@ -171,6 +172,7 @@ class BertTokenizer:
         """Make the C++ tokenizer, which never changes: a new one takes up new tokens."""
         lower = self.do_lower_case
         strip = lower if self.strip_accents is None else self.strip_accents
+        self._sees_sigmas = self.compat == "google" and lower
         tables = _tokenizer.UnicodeTables()
         if self.compat == "google":
             tables = google_compat.unicode_tables(lower, strip)
@@ -205,8 +207,7 @@ class BertTokenizer:
 
     def _seen(self, texts: Any, errors: str = "strict") -> Any:
         """Texts, in lists or not, as the C++ tokenizer is to see them."""
-        google = self.compat == "google" and self.do_lower_case
-        return google_compat.with_lower_sigmas(texts, errors) if google else texts
+        return google_compat.with_lower_sigmas(texts, errors) if self._sees_sigmas else texts
 
     def __getstate__(self) -> dict[str, Any]:
         made = ("_pieces", "_core", "_tokens", "_decoded")
@@ -470,18 +471,7 @@ class BertTokenizer:
         UTF-8 are refused ("strict") or become U+FFFD ("replace"). All token tensors are rows of one
         (3, n_tokens) buffer.
         """
-        self._check_pack(texts, text_pairs, max_length, num_threads)
-        rows = self._core.encode(
-            self._seen(texts, errors),
-            self._seen(text_pairs, errors),
-            bytes=True,
-            errors=errors,
-            split_special_tokens=self.split_special_tokens,
-            truncation=truncation_strategy(truncation),
-            max_length=max_length,
-            truncate_left=self.truncation_side == "left",
-            num_threads=num_threads or 0,
-        )
+        rows = self._encode_packed(texts, text_pairs, max_length, truncation, num_threads, errors)
         return as_packed(rows, dtype, pin_memory, num_threads or 0)
 
     def encode_arrays(
@@ -499,19 +489,44 @@ class BertTokenizer:
         texts: also one str. Gives input_ids, (n_tokens,) int64, and cu_seqlens, (n_texts + 1,)
         int32; with `offsets` also the characters that each token stands for, (n_tokens, 2) int64.
         """
-        if truncation != "longest_first":
-            truncation = truncation_strategy(truncation)
-        if not isinstance(texts, str) or text_pairs is not None or max_length < 3:
-            self._check_pack(texts, text_pairs, max_length, num_threads)
-        return self._core.encode_arrays(
-            self._seen(texts),
-            self._seen(text_pairs),
-            max_length,
-            truncation,
-            self.split_special_tokens,
-            self.truncation_side == "left",
-            offsets,
-            num_threads or 0,
+        is_query = type(texts) is str and text_pairs is None and max_length > 2
+        if is_query and truncation == "longest_first" and not offsets and not self._sees_sigmas:
+            return self._core.encode_query(
+                texts, max_length, self.split_special_tokens, self.truncation_side == "left"
+            )
+        rows = self._encode_packed(
+            [texts] if isinstance(texts, str) else texts, text_pairs, max_length, truncation,
+            num_threads, details=offsets,
+        )  # fmt: skip
+        threads = num_threads or 0
+        arrays = (
+            rows.column("ids", num_threads=threads),
+            rows.offsets(dtype=np.dtype(np.int32)),
+        )
+        return (*arrays, rows.column("spans", num_threads=threads)) if offsets else arrays
+
+    def _encode_packed(
+        self,
+        texts: Any,
+        text_pairs: Any,
+        max_length: int,
+        truncation: bool | str,
+        num_threads: int | None,
+        errors: str = "strict",
+        details: bool = False,
+    ) -> _tokenizer.Rows:
+        self._check_pack(texts, text_pairs, max_length, num_threads)
+        return self._core.encode(
+            self._seen(texts, errors),
+            self._seen(text_pairs, errors),
+            bytes=True,
+            errors=errors,
+            split_special_tokens=self.split_special_tokens,
+            truncation=truncation_strategy(truncation),
+            max_length=max_length,
+            truncate_left=self.truncation_side == "left",
+            details=details,
+            num_threads=num_threads or 0,
         )
 
     def _check_pack(
