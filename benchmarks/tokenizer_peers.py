@@ -66,19 +66,21 @@ class Fastbert:
         return batch["input_ids"], batch["attention_mask"]
 
     def offsets(self, texts):
-        return self.tokenizer(texts, return_offsets_mapping=True)
+        return self.tokenizer.encode_arrays(texts, max_length=10**6, offsets=True, num_threads=1)
 
     def query(self, text):
-        return self.tokenizer(text, return_tensors="np")["input_ids"][0]
+        return self.tokenizer.encode_arrays(text)[0]
 
     def ids(self, out):
-        if isinstance(out, dict):
-            return out["input_ids"]
-        ids = out.input_ids.tolist()
-        return [ids[a:b] for a, b in pairwise(out.cu_seqlens.tolist())]
+        arrays = out[:2] if isinstance(out, tuple) else (out.input_ids, out.cu_seqlens)
+        return rows(*(array.tolist() for array in arrays))
 
     def spans(self, out):
-        return out["offset_mapping"]
+        return rows([tuple(span) for span in out[2].tolist()], out[1].tolist())
+
+
+def rows(values, bounds):
+    return [values[a:b] for a, b in pairwise(bounds)]
 
 
 class Transformers:

@@ -2,9 +2,12 @@
 
 import contextlib
 import copy
+import ctypes
 import itertools
 import pickle
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from tokenizer_cases import DETAILS, NASTY, UNCASED_VOCAB, WORDS, assert_same, both
@@ -231,3 +234,129 @@ def test_pack_edges(uncased):
         ours.pack(["one"], max_length=2)
     with pytest.raises(ValueError, match="num_threads"):
         ours.pack(["one"], num_threads=0)
+
+
+# ---- Texts that are no str
+
+
+BYTES = [text.encode() for text in NASTY]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: BYTES, id="bytes"),
+        pytest.param(lambda: [memoryview(b"<" + text)[1:] for text in BYTES], id="memoryview"),
+        pytest.param(lambda: pa.array(NASTY), id="string"),
+        pytest.param(lambda: pa.array(NASTY, pa.large_string()), id="large_string"),
+        pytest.param(lambda: pa.array(NASTY, pa.string_view()), id="string_view"),
+        pytest.param(lambda: pa.array(BYTES, pa.binary()), id="binary"),
+        pytest.param(lambda: pa.array(["x", *NASTY, "y"])[1:-1], id="sliced"),
+        pytest.param(lambda: pa.chunked_array([NASTY[:5], [], NASTY[5:]]), id="chunked"),
+    ],
+)
+def test_pack_reads_texts_where_they_are(uncased, make):
+    ours, _ = uncased
+    texts = make()
+    assert_same_batch(ours.pack(texts), ours.pack(NASTY))
+    assert_same_batch(ours.pack(texts, texts), ours.pack(NASTY, NASTY))
+
+
+def assert_same_batch(batch, other):
+    for name in ("input_ids", "token_type_ids", "position_ids", "cu_seqlens"):
+        assert torch.equal(getattr(batch, name), getattr(other, name)), name
+    assert batch.max_seqlen == other.max_seqlen
+
+
+def test_pack_reads_every_kind_of_str(uncased):
+    """CPython keeps texts as 1, 2 or 4 bytes a character; some have their UTF-8 beside it."""
+    ours, _ = uncased
+    texts = ["ascii", "caf\u00e9 " * 20, "\u65e5x" + "ascii " * 9, "\U0001f600 " + "ab" * 40, ""]
+    expected = ours.pack([text.encode() for text in texts])
+    assert_same_batch(ours.pack(texts), expected)
+    cached = ["".join(text) for text in texts]
+    for text in cached:  # ctypes' py_object has CPython encode it and keep that
+        ctypes.pythonapi.PyUnicode_AsUTF8AndSize(ctypes.py_object(text), None)
+    assert_same_batch(ours.pack(cached), expected)
+
+
+# Cut, overlong, surrogate, too large, tails without a beginning; see the Unicode standard, 3.9.
+BAD_UTF8 = [b"\xff", b"a\xc3", b"\xe2\x82", b"\xc0\xafb", b"\xed\xa0\x80", b"\xf4\x90\x80\x80x",
+            b"\xf0\x9f\x98", b"\x80\x80ok", b"\xe2\x28\xa1", b"12345678\xf8"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD_UTF8)
+def test_bytes_that_are_not_utf8(uncased, text):
+    ours, _ = uncased
+    with pytest.raises(UnicodeDecodeError) as python:
+        text.decode()
+    with pytest.raises(
+        ValueError, match=f"text 1: must be UTF-8, .* at byte {python.value.start}$"
+    ):
+        ours.pack([b"fine", text])
+    with pytest.raises(ValueError, match="text 0: must be UTF-8"):
+        ours.pack(pa.array([text], pa.binary()))
+    # The vocabulary has no U+FFFD, and cleaning removes it: [UNK] would show it too.
+    assert_same_batch(
+        ours.pack([text], errors="replace"), ours.pack([text.decode(errors="replace")])
+    )
+
+
+def test_pack_dtypes_and_memory(uncased):
+    ours, _ = uncased
+    wide, narrow = (ours.pack(NASTY, dtype=dtype) for dtype in (None, torch.int32))
+    for name in ("input_ids", "token_type_ids", "position_ids"):
+        assert getattr(wide, name).dtype == torch.int64
+        assert getattr(narrow, name).dtype == torch.int32
+        assert torch.equal(getattr(wide, name), getattr(narrow, name).long())
+    assert (
+        wide.input_ids.untyped_storage().data_ptr()
+        == wide.position_ids.untyped_storage().data_ptr()
+    )
+    pairs = ours.pack([("one", "two"), "three"])
+    assert pairs.token_type_ids.tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+    with pytest.raises(ValueError, match=r"dtype must be .*float32"):
+        ours.pack(["one"], dtype=torch.float32)
+    if torch.cuda.is_available():
+        assert ours.pack(NASTY, pin_memory=True).input_ids.is_pinned()
+
+
+def test_refuses_bad_arrow(uncased):
+    ours, _ = uncased
+    with pytest.raises(ValueError, match="got a null at 1"):
+        ours.pack(pa.array(["a", None]))
+    with pytest.raises(ValueError, match="strings, got one of Arrow format 'l'"):
+        ours.pack(pa.array([1, 2]))
+    with pytest.raises(ValueError, match="dictionary"):
+        ours.pack(pa.array(["a", "a"]).dictionary_encode())
+    with pytest.raises(ValueError, match="2 texts do not go with 1"):
+        ours.pack(pa.array(["a", "b"]), pa.array(["c"]))
+    with pytest.raises(TypeError, match="text_pairs must be an Arrow array"):
+        ours.pack(pa.array(["a"]), ["c"])
+    with pytest.raises(ValueError, match="errors must be one of 'strict', 'replace'"):
+        ours.pack([b"a"], errors="ignore")
+
+
+def test_encode_arrays(uncased):
+    ours, theirs = uncased
+    for texts in (NASTY, "a query, \u00e9 [MASK]ed", "long " * 5000):
+        ids, cu_seqlens = ours.encode_arrays(texts, max_length=40)
+        rows = [texts] if isinstance(texts, str) else texts
+        expected = theirs(rows, truncation=True, max_length=40, return_offsets_mapping=True)
+        assert ids.tolist() == list(itertools.chain(*expected["input_ids"]))
+        assert (ids.dtype, cu_seqlens.dtype) == (np.int64, np.int32)
+        assert np.diff(cu_seqlens).tolist() == list(map(len, expected["input_ids"]))
+        spans = ours.encode_arrays(texts, max_length=40, offsets=True)[2]
+        assert list(map(tuple, spans)) == list(itertools.chain(*expected["offset_mapping"]))
+    left = copy.copy(ours)
+    left.truncation_side = "left"
+    assert (
+        left.encode_arrays("one two three", max_length=4)[0].tolist()
+        == left("one two three", truncation=True, max_length=4).input_ids
+    )
+    with pytest.raises(TypeError, match="lone surrogate at character 1"):
+        ours.encode_arrays("a\ud800")
+    with pytest.raises(ValueError, match="max_length"):
+        ours.encode_arrays("a", max_length=2)
+    with pytest.raises(TypeError, match="texts must be a list"):
+        ours.encode_arrays(5)
