@@ -237,16 +237,6 @@ auto with_type(const py::dtype& dtype, Visit&& visit) {
   throw py::value_error("dtype must be int64 or int32, got " + std::string(py::str(dtype)));
 }
 
-void write(const Rows& rows, Column column, py::array out, const Layout& layout,
-           size_t num_threads) {
-  with_type(out.dtype(), [&](auto zero) {
-    using T = decltype(zero);
-    T* data = static_cast<T*>(out.mutable_data());
-    const py::gil_scoped_release release;
-    rows.write(column, layout, num_threads, data);
-  });
-}
-
 Column to_column(const std::string& name) {
   return to_enum<Column>(
       "column", name,
@@ -276,18 +266,25 @@ py::array column(const Rows& rows, const std::string& name, const py::dtype& dty
   std::vector<py::ssize_t> shape{static_cast<py::ssize_t>(n_places(rows, layout))};
   if (column == Column::kSpans) shape.push_back(2);
   py::array out(dtype, shape);
-  write(rows, column, out, layout, num_threads);
+  with_type(dtype, [&](auto zero) {
+    auto* data = static_cast<decltype(zero)*>(out.mutable_data());
+    const py::gil_scoped_release release;
+    rows.write(column, layout, num_threads, data);
+  });
   return out;
 }
 
-void write_into(const Rows& rows, const std::string& name, py::array out, size_t num_threads) {
-  const Column column = to_column(name);
-  const size_t wanted = rows.n_tokens() * (column == Column::kSpans ? 2 : 1);
-  if (static_cast<size_t>(out.size()) != wanted || !(out.flags() & py::array::c_style)) {
-    throw py::value_error("out must be contiguous and have " + std::to_string(wanted) +
-                          " elements, got " + std::to_string(out.size()));
+void write_packed(Rows& rows, py::array out, bool type_ids, size_t num_threads) {
+  const auto n_tokens = static_cast<py::ssize_t>(rows.n_tokens());
+  if (out.ndim() != 2 || out.shape(0) != 3 || out.shape(1) != n_tokens ||
+      !(out.flags() & py::array::c_style)) {
+    throw py::value_error("out must be contiguous, (3, " + std::to_string(n_tokens) + ")");
   }
-  write(rows, column, std::move(out), Layout{}, num_threads);
+  with_type(out.dtype(), [&](auto zero) {
+    auto* data = static_cast<decltype(zero)*>(out.mutable_data());
+    const py::gil_scoped_release release;
+    rows.write_packed(type_ids, num_threads, data);
+  });
 }
 
 template <class T>
@@ -396,8 +393,8 @@ PYBIND11_MODULE(_tokenizer, m) {
       .def("column", &column, py::arg("name"), py::kw_only(), py::arg("dtype") = int64,
            py::arg("length") = 0, py::arg("fill") = 0, py::arg("fill_left") = false,
            py::arg("num_threads") = 1)
-      .def("write", &write_into, py::arg("name"), py::arg("out"), py::kw_only(),
-           py::arg("num_threads") = 1)
+      .def("write_packed", &write_packed, py::arg("out"), py::kw_only(), py::arg("type_ids"),
+           py::arg("num_threads"))
       .def("matched", &Rows::matched);
 
   py::class_<Tokenizer>(m, "Tokenizer")

@@ -9,9 +9,10 @@ namespace fastbert {
 
 Rows::Rows(std::vector<Part> parts, bool has_specials)
     : parts_(std::move(parts)), has_specials_(has_specials) {
-  for (const Part& part : parts_) {
+  for (Part& part : parts_) {
+    part.n_tokens = part.tokens.ids.size();
     n_rows_ += part.rows.size();
-    n_tokens_ += part.tokens.ids.size();
+    n_tokens_ += part.n_tokens;
   }
 }
 
@@ -112,6 +113,14 @@ void Rows::write(Column column, const Layout& layout, size_t n_threads, T* out) 
                              [&](size_t i) { write_part(column, layout, parts_[i], begins[i]); });
 }
 
+template <class T>
+void Rows::write_packed(bool type_ids, size_t n_threads, T* out) {
+  write(Column::kIds, {}, n_threads, out);
+  for (Part& part : parts_) part.tokens.ids = Ints();
+  if (type_ids) write(Column::kTypeIds, {}, n_threads, out + n_tokens_);
+  write(Column::kPositions, {}, n_threads, out + 2 * n_tokens_);
+}
+
 std::vector<std::pair<size_t, std::string>> Rows::matched() const {
   std::vector<std::pair<size_t, std::string>> result;
   size_t n_before = 0;
@@ -119,7 +128,7 @@ std::vector<std::pair<size_t, std::string>> Rows::matched() const {
     for (const auto& [index, text] : part.tokens.matched) {
       result.emplace_back(n_before + index, text);
     }
-    n_before += part.tokens.ids.size();
+    n_before += part.n_tokens;
   }
   return result;
 }
@@ -128,5 +137,7 @@ template void Rows::write_offsets(const Layout&, int32_t*) const;
 template void Rows::write_offsets(const Layout&, int64_t*) const;
 template void Rows::write(Column, const Layout&, size_t, int32_t*) const;
 template void Rows::write(Column, const Layout&, size_t, int64_t*) const;
+template void Rows::write_packed(bool, size_t, int32_t*);
+template void Rows::write_packed(bool, size_t, int64_t*);
 
 }  // namespace fastbert

@@ -22,10 +22,9 @@ struct Row {
 struct Part {
   Tokens tokens;
   std::vector<Row> rows;
+  size_t n_tokens = 0;  // once all rows are made
 
-  size_t end_of(size_t row) const {
-    return row + 1 < rows.size() ? rows[row + 1].begin : tokens.ids.size();
-  }
+  size_t end_of(size_t row) const { return row + 1 < rows.size() ? rows[row + 1].begin : n_tokens; }
 };
 
 enum class Column {
@@ -67,6 +66,11 @@ class Rows {
   // threads as there are parts, up to n_threads.
   template <class T>
   void write(Column column, const Layout& layout, size_t n_threads, T* out) const;
+
+  // Fills (3, n_tokens) with ids, type ids (if asked for) and positions, and frees the ids before
+  // the positions come into memory: they cannot be written again.
+  template <class T>
+  void write_packed(bool type_ids, size_t n_threads, T* out);
 
   // What an added token matched, where that is not the token itself: (index of the token, text).
   std::vector<std::pair<size_t, std::string>> matched() const;

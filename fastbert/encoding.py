@@ -266,10 +266,8 @@ def as_packed(
         buffer = torch.empty(shape, dtype=dtype, pin_memory=True).numpy()
     else:  # zeros that nobody has looked at take no memory
         buffer = np.zeros(shape, np.int64 if dtype == torch.int64 else np.int32)
+    rows.write_packed(buffer, type_ids=rows.has_pairs or pin_memory, num_threads=num_threads)
     ids, type_ids, positions = torch.from_numpy(buffer)
-    for column, out in zip(("ids", "type_ids", "positions"), buffer, strict=True):
-        if column != "type_ids" or rows.has_pairs or pin_memory:
-            rows.write(column, out, num_threads=num_threads)
     cu_seqlens = torch.from_numpy(rows.offsets(dtype=np.dtype(np.int32)))
     longest = rows.longest(windows=True)
     return PackedBatch.unchecked(ids, type_ids, positions, cu_seqlens, longest)
