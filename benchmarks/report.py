@@ -114,20 +114,28 @@ def table(results):
     return "\n".join(line.rstrip() for line in lines)
 
 
+def measured(saved):
+    """A results file as text: the machine, and a table of each group."""
+    facts = ", ".join(f"{k} {v}" for k, v in saved["machine"].items())
+    return f"Measured on: {facts}.\n{table(saved['results'])}\n"
+
+
 def main(path):
     where, results = machine(), rows(json.loads(Path(path).read_text()))
     name = re.sub(r"[^a-z0-9]+", "-", (where["gpu"] or f"cpu {where['cpu']}").lower()).strip("-")
     out = HERE / "results" / f"{name}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps({"machine": where, "results": results}, indent=1) + "\n")
-    facts = ", ".join(f"{k} {v}" for k, v in where.items())
-    text = f"Measured on: {facts}.\n{table(results)}\n"
+    # The machines that have been measured, each by its last run.
+    files = sorted(out.parent.glob("*.json"))
+    text = "\n".join(measured(json.loads(file.read_text())) for file in files)
     readme = HERE / "README.md"
     start, end = MARKS.format("Start"), MARKS.format("End")
     before, _, rest = readme.read_text().partition(start)
     after = rest.partition(end)[2]
     readme.write_text(f"{before}{start}\n{text}{end}{after}")
-    print(text, f"\nwritten to {out} and {readme}", sep="")
+    print(measured({"machine": where, "results": results}))
+    print(f"written to {out} and {readme}")
 
 
 if __name__ == "__main__":
