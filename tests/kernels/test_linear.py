@@ -1,6 +1,6 @@
 import pytest
 import torch
-from accuracy import assert_as_accurate
+from accuracy import BFLOAT16, assert_as_accurate
 
 from fastbert.kernels.linear import ACTIVATIONS, Prepacked, can_prepack, linear_ref
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(not can_prepack(), reason="torch was built witho
 # 1 and 17 rows, one tile and more; sizes that are no multiple of a tile.
 @pytest.mark.parametrize("n_rows, n_in, n_out", [(1, 384, 1152), (17, 50, 33), (200, 64, 64)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @torch.no_grad()
 def test_prepacked_is_as_accurate_as_plain(n_rows, n_in, n_out, activation, dtype):
     x, weight = torch.randn(n_rows, n_in, dtype=dtype), torch.randn(n_out, n_in, dtype=dtype)
@@ -21,7 +21,7 @@ def test_prepacked_is_as_accurate_as_plain(n_rows, n_in, n_out, activation, dtyp
     assert_as_accurate(out, linear_ref(*args, activation), exact, factor=4.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @torch.no_grad()
 def test_prepacked_adds_the_residual(dtype):
     x, weight, other = (torch.randn(*n, dtype=dtype) for n in ((17, 50), (33, 50), (17, 33)))

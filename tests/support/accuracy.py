@@ -1,6 +1,9 @@
 """How close is close enough: measured against float64, never chosen by hand."""
 
+import pytest
 import torch
+
+from fastbert.kernels.linear import can_prepack
 from torch import Tensor
 
 
@@ -16,3 +19,14 @@ def assert_as_accurate(out: Tensor, baseline: Tensor, exact: Tensor, factor: flo
 def relative_error(out: Tensor, wanted: Tensor) -> float:
     """Largest difference over the largest value wanted."""
     return ((out - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def prepacks_bfloat16():
+    """Whether oneDNN takes bfloat16 on this CPU, be it emulated, which needs AVX-512."""
+    return can_prepack() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+BFLOAT16 = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(not prepacks_bfloat16(), reason="oneDNN has no bfloat16 on this CPU"),
+)
