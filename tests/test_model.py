@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import torch
-from accuracy import assert_as_accurate, relative_error
+from accuracy import assert_as_accurate, prepacks_bfloat16, relative_error
 
 from fastbert import BertConfig, BertModel, pack, unpack
 

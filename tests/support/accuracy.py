@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastbert.kernels.linear import can_prepack
-from torch import Tensor
 
 
 def assert_as_accurate(out: Tensor, baseline: Tensor, exact: Tensor, factor: float = 2.0) -> None:
