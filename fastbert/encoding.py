@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -98,9 +99,11 @@ def check_texts(text: Any, text_pair: Any, is_split_into_words: bool) -> bool:
 
 def copied(texts: Any) -> Any:
     """The same texts in lists that nobody else can change."""
-    if isinstance(texts, list | tuple):
-        return [text if isinstance(text, str) else copied(text) for text in texts]
-    return texts
+    if not isinstance(texts, list | tuple):
+        return texts
+    if set(map(type, texts)) <= {str}:
+        return list(texts)
+    return [copied(text) for text in texts]
 
 
 # ---- Results
@@ -206,8 +209,22 @@ class Layout:
         if multiple and target:
             target = -(-target // multiple) * multiple
         self._rows, self._target, self._left = rows, target, left
-        self.offsets = rows.offsets(target)
-        self.lengths = np.diff(self.offsets)
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """(n_rows + 1,): row i is places offsets[i] to offsets[i + 1]."""
+        return self._rows.offsets(self._target)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    @cached_property
+    def _width(self) -> int | None:
+        """The length of every row; None where they differ."""
+        if 0 < self._target >= self._rows.longest(windows=True):
+            return self._target
+        return int(self.lengths[0]) if (self.lengths == self.lengths[0]).all() else None
 
     def flat(self, column: str, fill: int) -> NDArray[np.int64]:
         """Values of all tokens, (n_places, ...), with `fill` where padding is."""
@@ -224,9 +241,10 @@ class Layout:
         values = self.flat(column, fill)
         if tensors is None:
             return self.lists(values)
-        if (self.lengths == self.lengths[0]).all():
-            shape = len(self.lengths), self.lengths[0], *values.shape[1:]
-            return as_tensor(values.reshape(shape), tensors)
+        if self._width is not None:
+            return as_tensor(
+                values.reshape(self._rows.n_rows, self._width, *values.shape[1:]), tensors
+            )
         if tensors == "np":
             array = np.empty(len(self.lengths), dtype=object)
             array[:] = np.split(values, self.offsets[1:-1])
