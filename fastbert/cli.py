@@ -90,6 +90,8 @@ def _info(args: argparse.Namespace) -> None:
         print(f"  {f'cuda:{i}':22}{gpu['name']}, {gpu['gib']} GiB, compute {gpu['capability']}")
     if not info["gpus"]:
         print(f"  {'gpu':22}none that torch can use")
+    print("tokenizer")
+    print(f"  {'instructions':22}{info['tokenizer']['instructions']}")
     print("kernels")
     for kernel in info["kernels"]:
         print(f"  {kernel['name']:22}{kernel['runs']}: {kernel['why']}")
@@ -98,6 +100,8 @@ def _info(args: argparse.Namespace) -> None:
 def collect_info() -> dict[str, Any]:
     """What `fastbert info` shows."""
     import torch
+
+    from fastbert._tokenizer import instructions
 
     names = ("fastbert", "torch", "triton", "transformers", "sentence-transformers")
     gpus = []
@@ -120,6 +124,7 @@ def collect_info() -> dict[str, Any]:
             "bfloat16": _bfloat16(),
         },
         "gpus": gpus,
+        "tokenizer": {"instructions": instructions()},
         "kernels": kernel_status(),
     }
 
