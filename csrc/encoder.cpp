@@ -326,13 +326,16 @@ void Encoder::add_run(const char* text, size_t size, int32_t begin_char) {
   const char* const end = text + size;
   const char* part = text;  // begins after the last character that stands alone
   bool is_plain = true;     // what is of the part so far
+  // Only a run that is longer than a chunk still has capitals then: it was not copied.
+  const bool lowers = know_.normalizer.lowers_ascii();
   int32_t part_char = begin_char;
   int32_t at_char = begin_char;
   for (const char* p = text; p != end && out_->ids.size() < limit_;) {
     const Decoded decoded = decode_utf8(p);
     const int32_t id = char_ids[decoded.c];
     if (id == CharIds::kInRun) {
-      is_plain &= decoded.c < 0x7F && decoded.c >= ' ';
+      const bool is_capital = decoded.c >= 'A' && decoded.c <= 'Z';
+      is_plain &= decoded.c < 0x7F && decoded.c >= ' ' && !(lowers && is_capital);
     } else {
       if (p != part) {
         add_part<kDetails>(part, static_cast<size_t>(p - part), is_plain, part_char);

@@ -89,6 +89,24 @@ def test_nasty_texts(uncased, cased, text):
         assert_same(pair, text, add_special_tokens=False, split_special_tokens=True, **DETAILS)
 
 
+# A text is looked at in chunks of 8,192 bytes: what lies across their ends, or fills one.
+LONG = {
+    "words": "The caf\u00e9's Word, " * 1500,
+    "no boundary": "\u65e5\u672cABC\u8a9e\u00c9clair\u3001" * 1200 + " End",
+    "one word": "Ab" * 9000 + " end " + "\u00e9" * 9000,
+    "marks": "e" + "\u0301\u0323" * 5000 + "x y",
+    "removed": "a\u200d" * 5000 + "B c",
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_texts_longer_than_a_chunk(uncased, cased, name):
+    for pair in (uncased, cased):
+        for shift in (0, 1, 2, 7):
+            assert_same(pair, "." * shift + LONG[name], **DETAILS)
+    assert_same(uncased, LONG[name], truncation=True, max_length=12, **DETAILS)
+
+
 # Characters that interact with their neighbours, and the pieces that added tokens are made of.
 _ALPHABET = st.one_of(
     st.characters(exclude_categories=["Cs"]),
