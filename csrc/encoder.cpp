@@ -88,7 +88,7 @@ void Encoder::encode(const Text* texts, size_t n, bool is_split, size_t limit,
   reading_ = reading;
   next_word_ = 0;
   word_step_ = is_split ? 0 : 1;
-  for (size_t i = 0; i < n && out.ids.size() < limit_; ++i) {
+  for (size_t i = 0; i < n; ++i) {
     // Words of a text that is split already keep their numbers.
     if (is_split) next_word_ = static_cast<int32_t>(i);
     const std::string_view text = to_utf8(texts[i], reading.replace, utf8_);
@@ -96,7 +96,7 @@ void Encoder::encode(const Text* texts, size_t n, bool is_split, size_t limit,
       throw std::invalid_argument("must have less than 2**31 bytes, got " +
                                   std::to_string(text.size()));
     }
-    add_text(text);
+    if (out.ids.size() < limit_) add_text(text);  // what is cut off must be readable, too
     if (utf8_.size() > kKeepBytes) std::string().swap(utf8_);
   }
   if (out.ids.size() > limit_) out.cut(limit_);

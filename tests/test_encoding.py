@@ -131,6 +131,14 @@ def test_refuses_bad_words(uncased, text):
         ours(text, is_split_into_words=True)
 
 
+@pytest.mark.parametrize("max_length", [2, 3])
+def test_refuses_bad_words_behind_the_cut(uncased, max_length):
+    words = ["one", "two", "\ud800"]
+    for tokenizer in uncased:
+        with pytest.raises(TypeError):
+            tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
+
+
 def test_refuses_bad_arguments(uncased):
     ours, _ = uncased
     for arguments, message in [

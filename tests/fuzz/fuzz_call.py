@@ -9,7 +9,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 with atheris.instrument_imports(include=["fastbert"]):
     from tokenizer_cases import DETAILS, NASTY, assert_same, both
 
-PAIRS = [both(do_lower_case=lower, strip_accents=strip) for lower in (0, 1) for strip in (0, 1)]
+PAIRS = [
+    both(do_lower_case=lower, strip_accents=strip)
+    for lower in (True, False)
+    for strip in (True, False)
+]
 
 
 def test_one_input(data: bytes) -> None:
