@@ -8,8 +8,8 @@
 #include <map>
 #include <optional>
 
-#include "unicode.h"
 #include "small.h"
+#include "unicode.h"
 
 namespace fastbert {
 namespace {
