@@ -62,7 +62,7 @@ fuzz: build/fuzz/tokenizer build/fuzz/arrow
 		-artifact_prefix=build/fuzz/tokenizer- build/fuzz/found/tokenizer $(CORPUS)/tokenizer
 
 build/fuzz/%: COMPILER = clang++
-build/fuzz/%: FLAGS = $(CHECKS) -fsanitize=fuzzer
+build/fuzz/%: FLAGS = $(CHECKS) -fsanitize=fuzzer -fno-sanitize-coverage=trace-cmp
 build/fuzz/%: tests/fuzz/fuzz_%.cpp $(SOURCES) tests/fuzz/small.h
 	@command -v clang++ > /dev/null || { echo "make fuzz needs clang++, for libFuzzer"; exit 1; }
 	$(BUILD)

@@ -4,9 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <memory>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -19,6 +21,25 @@ namespace py = pybind11;
 
 namespace fastbert {
 namespace {
+
+// Releases the GIL. Of a thread that asks for it back while Python ends, Python before 3.14 unwinds
+// the stack, through objects that may not be destroyed without the GIL: it waits here instead.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {  // no exception, but how pthread_exit() unwinds
+      while (true) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+  }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
 
 std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
@@ -206,7 +227,7 @@ Truncation to_truncation(const std::string& name) {
 
 Rows encode(const Tokenizer& tokenizer, const Inputs& inputs, const EncodeOptions& options,
             size_t num_threads) {
-  const py::gil_scoped_release release;
+  const WithoutGil without_gil;
   return tokenizer.encode(inputs.get(), options, num_threads);
 }
 
@@ -268,7 +289,7 @@ py::array column(const Rows& rows, const std::string& name, const py::dtype& dty
   py::array out(dtype, shape);
   with_type(dtype, [&](auto zero) {
     auto* data = static_cast<decltype(zero)*>(out.mutable_data());
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     rows.write(column, layout, num_threads, data);
   });
   return out;
@@ -282,7 +303,7 @@ void write_packed(Rows& rows, py::array out, bool type_ids, size_t num_threads) 
   }
   with_type(out.dtype(), [&](auto zero) {
     auto* data = static_cast<decltype(zero)*>(out.mutable_data());
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     rows.write_packed(type_ids, num_threads, data);
   });
 }
@@ -307,7 +328,7 @@ py::tuple encode_query(const Tokenizer& tokenizer, const py::str& text, size_t m
   if (view.n_bytes() < kLarge) {
     tokenizer.encode_one(view, options, ids);
   } else {
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     tokenizer.encode_one(view, options, ids);
   }
   py::array_t<int64_t> out = owned<int64_t>(ids.size());
@@ -323,7 +344,7 @@ std::vector<std::string> train(const WordCounts& counts, const py::object& progr
                                const std::u32string& initial_alphabet,
                                const std::vector<std::string>& special_tokens) {
   const VocabOptions options{size, min_frequency, limit_alphabet, initial_alphabet, special_tokens};
-  const py::gil_scoped_release release;
+  const WithoutGil without_gil;
   return train_vocab(counts.table(), options, [&progress](size_t n_tokens) {
     const py::gil_scoped_acquire acquire;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();  // Ctrl-C
@@ -339,7 +360,7 @@ void bind_vocab_trainer(py::module_& m) {
            }),
            py::kw_only(), py::arg("lowercase"), py::arg("strip_accents"), py::arg("chinese_chars"))
       .def("add", &WordCounts::add, py::arg("texts"), py::arg("num_threads"),
-           py::call_guard<py::gil_scoped_release>())
+           py::call_guard<WithoutGil>())
       .def("__len__", [](const WordCounts& counts) { return counts.table().size(); })
       .def("train", &train, py::arg("progress"), py::kw_only(), py::arg("size"),
            py::arg("min_frequency"), py::arg("limit_alphabet"), py::arg("initial_alphabet"),

@@ -1,8 +1,11 @@
 """What holds of every text, of every number of threads, and after a fork."""
 
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -80,6 +83,35 @@ def test_after_fork():
         assert pool.map(lengths_of, [call] * 4, chunksize=1) == [expected] * 4
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_fork_while_threads_encode():
+    call = ([" ".join(WORDS) * 50] * 200, 512, 2)
+    expected = lengths_of(call)
+    done = threading.Event()
+
+    def encode():
+        while not done.is_set():
+            lengths_of(call)
+
+    threads = [threading.Thread(target=encode) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(10):
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(60)  # ends a child that hangs
+                try:
+                    os._exit(0 if lengths_of(call) == expected else 1)
+                finally:
+                    os._exit(2)
+            assert os.waitpid(pid, 0)[1] == 0
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
 def test_exit_after_threads_is_silent():
     code = (
         "from fastbert import BertTokenizer\n"
@@ -89,3 +121,18 @@ def test_exit_after_threads_is_silent():
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "1000", "")
+
+
+def test_exit_while_daemon_threads_encode_is_silent():
+    """Each asks for the GIL when Python has ended already."""
+    code = (
+        "import threading, time\n"
+        "from fastbert.tokenizer import BertTokenizer\n"
+        "tokenizer = BertTokenizer({'[UNK]': 0})\n"
+        "def encode():\n"
+        "    while True: tokenizer.encode_arrays(['a b c ' * 200] * 300, num_threads=3)\n"
+        "for _ in range(3): threading.Thread(target=encode, daemon=True).start()\n"
+        "time.sleep(0.2)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -28,20 +28,23 @@ struct Case {
         added(data[1] % 3),
         is_split(data[0] & 32),
         has_pairs(data[0] & 64),
-        many(data[0] & 128 && data[4] < 16) {
+        many(data[0] & 128 && data[4] < 4 && !(data[1] & 64)) {
     options.reading.split_special_tokens = data[0] & 8;
     options.reading.replace = data[0] & 16;
     options.reading.details = true;
     options.truncation = static_cast<Truncation>(data[1] >> 2 & 3);
     options.add_special_tokens = (data[1] & 16) == 0;
     options.truncate_left = data[1] & 32;
-    options.overflow = data[1] & 64;
+    options.overflow = data[1] & 64 && size < 256;  // rows may be as many as its square
     options.max_length = data[2];
     options.stride = data[3] % 16;
 
-    // Filler puts the first text across the end of a chunk: it is one word, or many separators.
+    // Filler puts the first text across the end of a chunk: inside a word, behind separators, or in
+    // a run of characters that stand alone.
+    const std::string filler = data[3] & 128 ? "\u65e5" : data[1] & 128 ? " " : "a";
     const size_t n_filler = data[4] >= 192 ? 8192 + 192 - data[4] : 0;
-    std::string text(n_filler, data[1] & 128 ? ' ' : 'a');
+    std::string text;
+    while (text.size() + filler.size() <= n_filler) text += filler;
     for (size_t i = kHeader; i < size; ++i) {
       if (data[i] != 0xFF) {
         text.push_back(static_cast<char>(data[i]));
@@ -277,7 +280,7 @@ void check_rows(const Case& given, const std::vector<std::pair<size_t, size_t>>&
   size_t n_bytes = 1;
   for (const auto& text : given.texts) {
     batch.texts.push_back(view(text, Encoding::kBytes));
-    n_bytes += text.size();
+    n_bytes += text.size() + 1;
   }
   const size_t per_input = given.has_pairs ? 2 : 1;
   const auto span = [&](size_t part) { return Span{parts[part].first, parts[part].second}; };
@@ -286,7 +289,7 @@ void check_rows(const Case& given, const std::vector<std::pair<size_t, size_t>>&
   }
   const size_t n_inputs = batch.inputs.size();
   if (given.many) {  // as few as fill three parts
-    const size_t times = std::min<size_t>(3 * (1 << 16) / n_bytes + 1, 2000);
+    const size_t times = std::min<size_t>(3 * (1 << 16) / n_bytes + 1, 20000 / (n_inputs + 1));
     for (size_t i = 0; i < times * n_inputs; ++i) batch.inputs.push_back(batch.inputs[i]);
   }
 
