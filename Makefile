@@ -72,9 +72,10 @@ fuzz-call: .venv/installed-test
 	.venv/bin/pip install --quiet atheris
 	$(RUN) tests/fuzz/fuzz_call.py -max_total_time=$(FUZZ_SECONDS)
 
-# The corpus on ARM, emulated.
+# For ARM; the corpus too, where it can be emulated.
 cross: build/cross/tokenizer
-	qemu-aarch64-static build/cross/tokenizer $(CORPUS)/tokenizer
+	if command -v qemu-aarch64-static; then \
+		qemu-aarch64-static build/cross/tokenizer $(CORPUS)/tokenizer; fi
 
 build/cross/%: COMPILER = aarch64-linux-gnu-g++
 build/cross/%: FLAGS = -static

@@ -69,7 +69,6 @@ struct Case {
 // what decodes must encode to the same bytes.
 std::optional<std::u32string> code_points(const Units<char>& text) {
   std::u32string result;
-  const Units<char> zeros(4);
   for (size_t at = 0; at < text.size();) {
     char bytes[4] = {};
     std::copy_n(text.data() + at, std::min<size_t>(4, text.size() - at), bytes);
