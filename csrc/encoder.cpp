@@ -137,11 +137,7 @@ void Encoder::add_plain(std::string_view text) {
 
 // The way of a text in which added tokens must be looked for once it is normalised.
 void Encoder::add_normalized(std::string_view text) {
-  if (reading_.details) {
-    know_.normalizer.normalize_aligned(text, normalized_);
-  } else {
-    know_.normalizer.normalize(text, normalized_);
-  }
+  normalize(text);
   know_.normalized_added.find(normalized_.text, !reading_.split_special_tokens,
                               normalized_matches_);
   size_t begin = 0;
@@ -159,6 +155,15 @@ void Encoder::add_normalized(std::string_view text) {
   }
   add_words(begin, normalized_.text.size(), first_char_);
   if (reading_.details) first_char_ += static_cast<int32_t>(count_chars(text));
+}
+
+// Fills normalized_; its sources only with details.
+void Encoder::normalize(std::string_view text) {
+  if (reading_.details) {
+    know_.normalizer.normalize_aligned(text, normalized_);
+  } else {
+    know_.normalizer.normalize(text, normalized_);
+  }
 }
 
 // The words in bytes [begin, end) of the normalised text, which is from character begin_char on.
@@ -372,7 +377,8 @@ void Encoder::add_part(const char* text, size_t size, bool is_plain, int32_t beg
     know_.pieces->encode({text, size}, out_->ids, ends_);
     if (kDetails) add_spans(ends_.data(), ends_.size(), begin_char);
   } else {
-    normalize_part<kDetails>({text, size}, begin_char);
+    normalize({text, size});
+    add_words(0, normalized_.text.size(), begin_char);
   }
   if (remembers) remember(text, size, n_before, is_plain);
 }
@@ -430,16 +436,6 @@ void Encoder::add_spans(const End* ends, size_t n, int32_t begin_char) {
     begin = ends[i];
   }
   next_word_ += word_step_;
-}
-
-template <bool kDetails>
-void Encoder::normalize_part(std::string_view part, int32_t begin_char) {
-  if (kDetails) {
-    know_.normalizer.normalize_aligned(part, normalized_);
-  } else {
-    know_.normalizer.normalize(part, normalized_);
-  }
-  add_words(0, normalized_.text.size(), begin_char);
 }
 
 }  // namespace fastbert

@@ -87,6 +87,7 @@ class Encoder {
   void add_text(std::string_view text);
   void add_plain(std::string_view text);
   void add_normalized(std::string_view text);
+  void normalize(std::string_view text);
   void add_words(size_t begin, size_t end, int32_t begin_char);
   template <bool kDetails>
   void scan(std::string_view text);
@@ -100,8 +101,6 @@ class Encoder {
   template <bool kDetails>
   bool add_known(const char* text, size_t size, int32_t begin_char);
   void remember(const char* text, size_t size, size_t n_before, bool is_plain);
-  template <bool kDetails>
-  void normalize_part(std::string_view part, int32_t begin_char);
   void add_span(int32_t begin, int32_t end);
   template <class End>
   void add_spans(const End* ends, size_t n, int32_t begin_char);

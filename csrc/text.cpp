@@ -9,23 +9,6 @@ namespace {
 
 constexpr char32_t kReplacement = 0xFFFD;
 
-// Writes `c`, which is not ASCII, at `out`; gives the end.
-char* put(char32_t c, char* out) {
-  if (c < 0x800) {
-    *out++ = static_cast<char>(0xC0 | c >> 6);
-  } else {
-    if (c < 0x10000) {
-      *out++ = static_cast<char>(0xE0 | c >> 12);
-    } else {
-      *out++ = static_cast<char>(0xF0 | c >> 18);
-      *out++ = static_cast<char>(0x80 | (c >> 12 & 0x3F));
-    }
-    *out++ = static_cast<char>(0x80 | (c >> 6 & 0x3F));
-  }
-  *out++ = static_cast<char>(0x80 | (c & 0x3F));
-  return out;
-}
-
 template <class Unit>
 std::string_view transcode(const Unit* units, size_t size, std::string& buffer) {
   // Bytes that one code unit can take.
@@ -43,15 +26,11 @@ std::string_view transcode(const Unit* units, size_t size, std::string& buffer) 
       out += kAtOnce;
     }
     const char32_t c = units[i];
-    if (c < 0x80) {
-      *out++ = static_cast<char>(c);
-      continue;
-    }
     if (sizeof(Unit) > 1 && c >= 0xD800 && c < 0xE000) {
       throw LoneSurrogate("must be valid Unicode, got a lone surrogate at character " +
                           std::to_string(i));
     }
-    out = put(c, out);
+    out = put_utf8(c, out);
   }
   return {buffer.data(), static_cast<size_t>(out - buffer.data())};
 }

@@ -79,25 +79,8 @@ bool is_white_space(char32_t c) { return (kMatcher[c] & kMatcherWhiteSpace) != 0
 bool is_word_char(char32_t c) { return (kMatcher[c] & kMatcherWord) != 0; }
 
 void append_utf8(char32_t c, std::string& out) {
-  if (c < 0x80) {
-    out.push_back(static_cast<char>(c));
-    return;
-  }
   char bytes[4];
-  size_t size = 0;
-  if (c < 0x800) {
-    bytes[size++] = static_cast<char>(0xC0 | c >> 6);
-  } else {
-    if (c < 0x10000) {
-      bytes[size++] = static_cast<char>(0xE0 | c >> 12);
-    } else {
-      bytes[size++] = static_cast<char>(0xF0 | c >> 18);
-      bytes[size++] = static_cast<char>(0x80 | (c >> 12 & 0x3F));
-    }
-    bytes[size++] = static_cast<char>(0x80 | (c >> 6 & 0x3F));
-  }
-  bytes[size++] = static_cast<char>(0x80 | (c & 0x3F));
-  out.append(bytes, size);
+  out.append(bytes, static_cast<size_t>(put_utf8(c, bytes) - bytes));
 }
 
 size_t count_chars(std::string_view text) {

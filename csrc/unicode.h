@@ -93,6 +93,27 @@ inline bool is_ascii(char byte) { return static_cast<signed char>(byte) >= 0; }
 // True on every byte of a character but its first.
 inline bool is_utf8_tail(char byte) { return (static_cast<unsigned char>(byte) & 0xC0) == 0x80; }
 
+// Writes 1 to 4 bytes at `out`; gives their end.
+inline char* put_utf8(char32_t c, char* out) {
+  if (c < 0x80) {
+    *out++ = static_cast<char>(c);
+    return out;
+  }
+  if (c < 0x800) {
+    *out++ = static_cast<char>(0xC0 | c >> 6);
+  } else {
+    if (c < 0x10000) {
+      *out++ = static_cast<char>(0xE0 | c >> 12);
+    } else {
+      *out++ = static_cast<char>(0xF0 | c >> 18);
+      *out++ = static_cast<char>(0x80 | (c >> 12 & 0x3F));
+    }
+    *out++ = static_cast<char>(0x80 | (c >> 6 & 0x3F));
+  }
+  *out++ = static_cast<char>(0x80 | (c & 0x3F));
+  return out;
+}
+
 void append_utf8(char32_t c, std::string& out);
 
 // Number of characters of valid UTF-8.
