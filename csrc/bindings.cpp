@@ -251,9 +251,7 @@ Rows encode_batch(const Tokenizer& tokenizer, const py::object& texts, const py:
 // Calls visit(T{}) with the T that a dtype is.
 template <class Visit>
 auto with_type(const py::dtype& dtype, Visit&& visit) {
-  if (dtype.is(py::dtype::of<int64_t>()) || dtype.equal(py::dtype::of<int64_t>())) {
-    return visit(int64_t{});
-  }
+  if (dtype.equal(py::dtype::of<int64_t>())) return visit(int64_t{});
   if (dtype.equal(py::dtype::of<int32_t>())) return visit(int32_t{});
   throw py::value_error("dtype must be int64 or int32, got " + std::string(py::str(dtype)));
 }
@@ -272,30 +270,22 @@ py::array offsets(const Rows& rows, size_t length, const py::dtype& dtype) {
   return out;
 }
 
-// How many tokens a layout has room for.
-size_t n_places(const Rows& rows, const Layout& layout) {
-  if (layout.length == 0) return rows.n_tokens();
-  std::vector<int64_t> ends(rows.n_rows() + 1);
-  rows.write_offsets(layout, ends.data());
-  return static_cast<size_t>(ends.back());
-}
-
 py::array column(const Rows& rows, const std::string& name, const py::dtype& dtype, size_t length,
-                 int64_t fill, bool fill_left, size_t num_threads) {
+                 int64_t fill, bool fill_left) {
   const Layout layout{length, fill, fill_left};
   const Column column = to_column(name);
-  std::vector<py::ssize_t> shape{static_cast<py::ssize_t>(n_places(rows, layout))};
+  std::vector<py::ssize_t> shape{static_cast<py::ssize_t>(rows.n_places(layout))};
   if (column == Column::kSpans) shape.push_back(2);
   py::array out(dtype, shape);
   with_type(dtype, [&](auto zero) {
     auto* data = static_cast<decltype(zero)*>(out.mutable_data());
     const WithoutGil without_gil;
-    rows.write(column, layout, num_threads, data);
+    rows.write(column, layout, data);
   });
   return out;
 }
 
-void write_packed(Rows& rows, py::array out, bool type_ids, size_t num_threads) {
+void write_packed(Rows& rows, py::array out, bool type_ids) {
   const auto n_tokens = static_cast<py::ssize_t>(rows.n_tokens());
   if (out.ndim() != 2 || out.shape(0) != 3 || out.shape(1) != n_tokens ||
       !(out.flags() & py::array::c_style)) {
@@ -304,7 +294,7 @@ void write_packed(Rows& rows, py::array out, bool type_ids, size_t num_threads) 
   with_type(out.dtype(), [&](auto zero) {
     auto* data = static_cast<decltype(zero)*>(out.mutable_data());
     const WithoutGil without_gil;
-    rows.write_packed(type_ids, num_threads, data);
+    rows.write_packed(type_ids, data);
   });
 }
 
@@ -412,10 +402,8 @@ PYBIND11_MODULE(_tokenizer, m) {
              return out;
            })
       .def("column", &column, py::arg("name"), py::kw_only(), py::arg("dtype") = int64,
-           py::arg("length") = 0, py::arg("fill") = 0, py::arg("fill_left") = false,
-           py::arg("num_threads") = 1)
-      .def("write_packed", &write_packed, py::arg("out"), py::kw_only(), py::arg("type_ids"),
-           py::arg("num_threads"))
+           py::arg("length") = 0, py::arg("fill") = 0, py::arg("fill_left") = false)
+      .def("write_packed", &write_packed, py::arg("out"), py::kw_only(), py::arg("type_ids"))
       .def("matched", &Rows::matched);
 
   py::class_<Tokenizer>(m, "Tokenizer")

@@ -7,8 +7,14 @@
 
 namespace fastbert {
 
-Rows::Rows(std::vector<Part> parts, bool has_specials)
-    : parts_(std::move(parts)), has_specials_(has_specials) {
+size_t Part::n_places(size_t length) const {
+  size_t n = 0;
+  for (size_t i = 0; i < rows.size(); ++i) n += std::max(length, n_tokens_of(i));
+  return n;
+}
+
+Rows::Rows(std::vector<Part> parts, bool has_specials, size_t n_threads)
+    : parts_(std::move(parts)), has_specials_(has_specials), n_threads_(n_threads) {
   for (Part& part : parts_) {
     part.n_tokens = part.tokens.ids.size();
     n_rows_ += part.rows.size();
@@ -30,7 +36,7 @@ size_t Rows::longest(bool windows) const {
   for (const Part& part : parts_) {
     for (size_t i = 0; i < part.rows.size(); ++i) {
       const bool is_first = i == 0 || part.rows[i].sample != part.rows[i - 1].sample;
-      if (windows || is_first) most = std::max(most, part.end_of(i) - part.rows[i].begin);
+      if (windows || is_first) most = std::max(most, part.n_tokens_of(i));
     }
   }
   return most;
@@ -42,7 +48,7 @@ void Rows::write_offsets(const Layout& layout, T* out) const {
   *out++ = 0;
   for (const Part& part : parts_) {
     for (size_t i = 0; i < part.rows.size(); ++i) {
-      at += std::max(layout.length, part.end_of(i) - part.rows[i].begin);
+      at += std::max(layout.length, part.n_tokens_of(i));
       *out++ = static_cast<T>(at);
     }
   }
@@ -59,8 +65,7 @@ void Rows::write_part(Column column, const Layout& layout, const Part& part, T* 
   const size_t width = column == Column::kSpans ? 2 : 1;
   for (size_t i = 0; i < part.rows.size(); ++i) {
     const Row& row = part.rows[i];
-    const size_t end = part.end_of(i);
-    const size_t n = end - row.begin;
+    const size_t n = part.n_tokens_of(i);
     const size_t n_fill = width * (layout.length - std::min(layout.length, n));
     if (layout.fill_left) out = std::fill_n(out, n_fill, static_cast<T>(layout.fill));
     const size_t second = row.second - row.begin;
@@ -98,27 +103,29 @@ void Rows::write_part(Column column, const Layout& layout, const Part& part, T* 
   }
 }
 
+size_t Rows::n_places(const Layout& layout) const {
+  size_t n = 0;
+  for (const Part& part : parts_) n += part.n_places(layout.length);
+  return n;
+}
+
 template <class T>
-void Rows::write(Column column, const Layout& layout, size_t n_threads, T* out) const {
+void Rows::write(Column column, const Layout& layout, T* out) const {
   std::vector<T*> begins;
   for (const Part& part : parts_) {
     begins.push_back(out);
-    size_t n = 0;
-    for (size_t i = 0; i < part.rows.size(); ++i) {
-      n += std::max(layout.length, part.end_of(i) - part.rows[i].begin);
-    }
-    out += column == Column::kSpans ? 2 * n : n;
+    out += (column == Column::kSpans ? 2 : 1) * part.n_places(layout.length);
   }
-  ThreadPool::instance().run(parts_.size(), n_threads,
+  ThreadPool::instance().run(parts_.size(), n_threads_,
                              [&](size_t i) { write_part(column, layout, parts_[i], begins[i]); });
 }
 
 template <class T>
-void Rows::write_packed(bool type_ids, size_t n_threads, T* out) {
-  write(Column::kIds, {}, n_threads, out);
+void Rows::write_packed(bool type_ids, T* out) {
+  write(Column::kIds, {}, out);
   for (Part& part : parts_) part.tokens.ids = Ints();
-  if (type_ids) write(Column::kTypeIds, {}, n_threads, out + n_tokens_);
-  write(Column::kPositions, {}, n_threads, out + 2 * n_tokens_);
+  if (type_ids) write(Column::kTypeIds, {}, out + n_tokens_);
+  write(Column::kPositions, {}, out + 2 * n_tokens_);
 }
 
 std::vector<std::pair<size_t, std::string>> Rows::matched() const {
@@ -135,9 +142,9 @@ std::vector<std::pair<size_t, std::string>> Rows::matched() const {
 
 template void Rows::write_offsets(const Layout&, int32_t*) const;
 template void Rows::write_offsets(const Layout&, int64_t*) const;
-template void Rows::write(Column, const Layout&, size_t, int32_t*) const;
-template void Rows::write(Column, const Layout&, size_t, int64_t*) const;
-template void Rows::write_packed(bool, size_t, int32_t*);
-template void Rows::write_packed(bool, size_t, int64_t*);
+template void Rows::write(Column, const Layout&, int32_t*) const;
+template void Rows::write(Column, const Layout&, int64_t*) const;
+template void Rows::write_packed(bool, int32_t*);
+template void Rows::write_packed(bool, int64_t*);
 
 }  // namespace fastbert

@@ -25,6 +25,9 @@ struct Part {
   size_t n_tokens = 0;  // once all rows are made
 
   size_t end_of(size_t row) const { return row + 1 < rows.size() ? rows[row + 1].begin : n_tokens; }
+  size_t n_tokens_of(size_t row) const { return end_of(row) - rows[row].begin; }
+  // Of all rows, each at least `length` long.
+  size_t n_places(size_t length) const;
 };
 
 enum class Column {
@@ -47,7 +50,8 @@ struct Layout {
 
 class Rows {
  public:
-  Rows(std::vector<Part> parts, bool has_specials);
+  // n_threads: on how many the columns are written.
+  Rows(std::vector<Part> parts, bool has_specials, size_t n_threads);
   Rows(Rows&&) = default;
   Rows& operator=(Rows&&) = default;
 
@@ -62,15 +66,16 @@ class Rows {
   void write_offsets(const Layout& layout, T* out) const;
   // (n_rows,): the input that each row is from.
   void write_samples(int64_t* out) const;
-  // Fills `out`, which has room for the last of the offsets (twice that for kSpans), on as many
-  // threads as there are parts, up to n_threads.
+  // The last of the offsets.
+  size_t n_places(const Layout& layout) const;
+  // Fills `out`, which has room for n_places (twice that for kSpans).
   template <class T>
-  void write(Column column, const Layout& layout, size_t n_threads, T* out) const;
+  void write(Column column, const Layout& layout, T* out) const;
 
   // Fills (3, n_tokens) with ids, type ids (if asked for) and positions, and frees the ids before
   // the positions come into memory: they cannot be written again.
   template <class T>
-  void write_packed(bool type_ids, size_t n_threads, T* out);
+  void write_packed(bool type_ids, T* out);
 
   // What an added token matched, where that is not the token itself: (index of the token, text).
   std::vector<std::pair<size_t, std::string>> matched() const;
@@ -81,6 +86,7 @@ class Rows {
 
   std::vector<Part> parts_;
   bool has_specials_;
+  size_t n_threads_;
   size_t n_rows_ = 0;
   size_t n_tokens_ = 0;
 };

@@ -1,7 +1,9 @@
 #include "thread_pool.h"
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <system_error>
 
 #if defined(__linux__)
@@ -20,11 +22,22 @@ struct ThreadPool::Job {
   std::mutex mutex;
   std::condition_variable finished;
   size_t n_done = 0;
+  size_t failed = SIZE_MAX;  // the first task that threw
+  std::exception_ptr error;  // and what
 
   // Does tasks until there are none left that nobody has begun.
   void take_part() {
     size_t n = 0;
-    for (size_t i = next++; i < n_tasks; i = next++, ++n) work(i);
+    for (size_t i = next++; i < n_tasks; i = next++, ++n) {
+      try {
+        work(i);
+      } catch (...) {
+        const std::lock_guard lock(mutex);
+        if (i > failed) continue;
+        failed = i;
+        error = std::current_exception();
+      }
+    }
     if (n == 0) return;
     const std::lock_guard lock(mutex);
     n_done += n;
@@ -64,6 +77,7 @@ void ThreadPool::run(size_t n_tasks, size_t n_threads, const std::function<void(
   job->take_part();
   std::unique_lock lock(job->mutex);
   job->finished.wait(lock, [&] { return job->n_done == n_tasks; });
+  if (job->error) std::rethrow_exception(job->error);
 }
 
 // With mutex_ held.

@@ -18,8 +18,8 @@ class ThreadPool {
   static ThreadPool& instance();
 
   // Calls work(0) to work(n_tasks - 1), each once, on up to n_threads threads, of which the
-  // caller's is one; returns when all have returned. `work` must not throw. Safe to call from many
-  // threads.
+  // caller's is one; returns when all have returned, or throws what the first of them that threw
+  // has thrown. Safe to call from many threads.
   void run(size_t n_tasks, size_t n_threads, const std::function<void(size_t)>& work);
 
  private:

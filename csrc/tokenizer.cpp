@@ -1,7 +1,6 @@
 #include "tokenizer.h"
 
 #include <algorithm>
-#include <exception>
 #include <limits>
 
 #include "thread_pool.h"
@@ -224,20 +223,12 @@ Rows Tokenizer::encode(const Batch& batch, const EncodeOptions& options, size_t 
   if (bounds.back() != batch.inputs.size()) bounds.push_back(batch.inputs.size());
 
   std::vector<Part> parts(bounds.size() - 1);
-  std::vector<std::exception_ptr> errors(parts.size());
   ThreadPool::instance().run(parts.size(), n_threads, [&](size_t i) {
-    try {
-      std::unique_ptr<Worker> worker = borrow();
-      worker->add(batch, options, bounds[i], bounds[i + 1], parts[i]);
-      give_back(std::move(worker));
-    } catch (...) {
-      errors[i] = std::current_exception();
-    }
+    std::unique_ptr<Worker> worker = borrow();
+    worker->add(batch, options, bounds[i], bounds[i + 1], parts[i]);
+    give_back(std::move(worker));
   });
-  for (const std::exception_ptr& error : errors) {
-    if (error) std::rethrow_exception(error);
-  }
-  return Rows(std::move(parts), options.add_special_tokens);
+  return Rows(std::move(parts), options.add_special_tokens, n_threads);
 }
 
 }  // namespace fastbert

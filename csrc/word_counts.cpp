@@ -2,18 +2,18 @@
 
 #include <algorithm>
 #include <atomic>
-#include <functional>
-#include <future>
 
 #include "pre_tokenizer.h"
+#include "thread_pool.h"
 
 namespace fastbert {
 
 void WordCounts::add(const std::vector<std::string_view>& texts, size_t n_threads) {
   n_threads = std::clamp<size_t>(n_threads, 1, std::max<size_t>(texts.size(), 1));
-  std::vector<Table> others(n_threads - 1);  // this thread counts into `table_`
+  std::vector<Table> others(n_threads - 1);  // the first task counts into `table_`
   std::atomic<size_t> next{0};
-  const auto count = [&](Table& table) {
+  ThreadPool::instance().run(n_threads, n_threads, [&](size_t task) {
+    Table& table = task == 0 ? table_ : others[task - 1];
     Normalized normalized;
     std::string word;
     for (size_t i = next++; i < texts.size(); i = next++) {
@@ -24,13 +24,7 @@ void WordCounts::add(const std::vector<std::string_view>& texts, size_t n_thread
         return true;
       });
     }
-  };
-  std::vector<std::future<void>> running;
-  for (Table& table : others) {
-    running.push_back(std::async(std::launch::async, count, std::ref(table)));
-  }
-  count(table_);
-  for (std::future<void>& thread : running) thread.get();
+  });
   for (const Table& table : others) {
     for (const auto& [word, n] : table) table_[word] += n;
   }

@@ -266,9 +266,7 @@ def as_tensor(array: NDArray[np.int64], tensors: str | None) -> Any:
     return torch.from_numpy(array)
 
 
-def as_packed(
-    rows: Rows, dtype: torch.dtype | None, pin_memory: bool, num_threads: int
-) -> PackedBatch:
+def as_packed(rows: Rows, dtype: torch.dtype | None, pin_memory: bool) -> PackedBatch:
     """The rows end to end, written once where the tensors are."""
     import torch
 
@@ -284,7 +282,7 @@ def as_packed(
         buffer = torch.empty(shape, dtype=dtype, pin_memory=True).numpy()
     else:  # zeros that nobody has looked at take no memory
         buffer = np.zeros(shape, np.int64 if dtype == torch.int64 else np.int32)
-    rows.write_packed(buffer, type_ids=rows.has_pairs or pin_memory, num_threads=num_threads)
+    rows.write_packed(buffer, type_ids=rows.has_pairs or pin_memory)
     ids, type_ids, positions = torch.from_numpy(buffer)
     cu_seqlens = torch.from_numpy(rows.offsets(dtype=np.dtype(np.int32)))
     longest = rows.longest(windows=True)

@@ -472,7 +472,7 @@ class BertTokenizer:
         (3, n_tokens) buffer.
         """
         rows = self._encode_packed(texts, text_pairs, max_length, truncation, num_threads, errors)
-        return as_packed(rows, dtype, pin_memory, num_threads or 0)
+        return as_packed(rows, dtype, pin_memory)
 
     def encode_arrays(
         self,
@@ -498,12 +498,8 @@ class BertTokenizer:
             [texts] if isinstance(texts, str) else texts, text_pairs, max_length, truncation,
             num_threads, details=offsets,
         )  # fmt: skip
-        threads = num_threads or 0
-        arrays = (
-            rows.column("ids", num_threads=threads),
-            rows.offsets(dtype=np.dtype(np.int32)),
-        )
-        return (*arrays, rows.column("spans", num_threads=threads)) if offsets else arrays
+        arrays = rows.column("ids"), rows.offsets(dtype=np.dtype(np.int32))
+        return (*arrays, rows.column("spans")) if offsets else arrays
 
     def _encode_packed(
         self,
@@ -533,9 +529,9 @@ class BertTokenizer:
         self, texts: Any, text_pairs: Any, max_length: int, num_threads: int | None
     ) -> None:
         for name, value in (("texts", texts), ("text_pairs", text_pairs)):
-            if not (isinstance(value, list | tuple) or is_arrow(value)) and not (
-                value is None and name != "texts"
-            ):
+            if value is None and name == "text_pairs":
+                continue
+            if not (isinstance(value, list | tuple) or is_arrow(value)):
                 raise TypeError(
                     f"{name} must be a list of str or an Arrow array, got {type(value).__name__}"
                 )

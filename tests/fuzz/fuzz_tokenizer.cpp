@@ -260,7 +260,7 @@ Table table_of(const Tokenizer& tokenizer, const Batch& batch, const EncodeOptio
       if (is_detail && !options.reading.details) continue;
       const size_t n = static_cast<size_t>(table.offsets.back());
       table.columns[i].resize(column == Column::kSpans ? 2 * n : n);
-      rows.write(column, layout, n_threads, table.columns[i].data());
+      rows.write(column, layout, table.columns[i].data());
     }
     table.matched = rows.matched();
   } catch (const std::invalid_argument& error) {

@@ -18,7 +18,7 @@ std::vector<int32_t> ids_of(const Tokenizer& tokenizer, const Batch& batch, size
   options.reading.details = max_length % 4 < 2;
   const Rows rows = tokenizer.encode(batch, options, n_threads);
   std::vector<int32_t> ids(rows.n_tokens());
-  rows.write(Column::kIds, {}, n_threads, ids.data());
+  rows.write(Column::kIds, {}, ids.data());
   return ids;
 }
 
