@@ -111,21 +111,31 @@ size_t Rows::n_places(const Layout& layout) const {
 
 template <class T>
 void Rows::write(Column column, const Layout& layout, T* out) const {
-  std::vector<T*> begins;
-  for (const Part& part : parts_) {
-    begins.push_back(out);
-    out += (column == Column::kSpans ? 2 : 1) * part.n_places(layout.length);
-  }
-  ThreadPool::instance().run(parts_.size(), n_threads_,
-                             [&](size_t i) { write_part(column, layout, parts_[i], begins[i]); });
+  const size_t width = column == Column::kSpans ? 2 : 1;
+  for_each_part(layout, [&](size_t i, size_t begin) {
+    write_part(column, layout, parts_[i], out + width * begin);
+  });
 }
 
 template <class T>
 void Rows::write_packed(bool type_ids, T* out) {
-  write(Column::kIds, {}, out);
-  for (Part& part : parts_) part.tokens.ids = Ints();
-  if (type_ids) write(Column::kTypeIds, {}, out + n_tokens_);
-  write(Column::kPositions, {}, out + 2 * n_tokens_);
+  for_each_part({}, [&](size_t i, size_t begin) {
+    write_part(Column::kIds, {}, parts_[i], out + begin);
+    parts_[i].tokens.ids = Ints();
+    if (type_ids) write_part(Column::kTypeIds, {}, parts_[i], out + n_tokens_ + begin);
+    write_part(Column::kPositions, {}, parts_[i], out + 2 * n_tokens_ + begin);
+  });
+}
+
+void Rows::for_each_part(const Layout& layout,
+                         const std::function<void(size_t, size_t)>& visit) const {
+  std::vector<size_t> begins;
+  size_t begin = 0;
+  for (const Part& part : parts_) {
+    begins.push_back(begin);
+    begin += part.n_places(layout.length);
+  }
+  ThreadPool::instance().run(parts_.size(), n_threads_, [&](size_t i) { visit(i, begins[i]); });
 }
 
 std::vector<std::pair<size_t, std::string>> Rows::matched() const {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -72,8 +73,8 @@ class Rows {
   template <class T>
   void write(Column column, const Layout& layout, T* out) const;
 
-  // Fills (3, n_tokens) with ids, type ids (if asked for) and positions, and frees the ids before
-  // the positions come into memory: they cannot be written again.
+  // Fills (3, n_tokens) with ids, type ids (if asked for) and positions, and frees a part's ids
+  // before its positions come into memory: they cannot be written again.
   template <class T>
   void write_packed(bool type_ids, T* out);
 
@@ -83,6 +84,9 @@ class Rows {
  private:
   template <class T>
   void write_part(Column column, const Layout& layout, const Part& part, T* out) const;
+
+  // Calls visit(part, the number of places before it) for all parts, on the threads.
+  void for_each_part(const Layout& layout, const std::function<void(size_t, size_t)>& visit) const;
 
   std::vector<Part> parts_;
   bool has_specials_;

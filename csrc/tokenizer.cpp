@@ -206,7 +206,7 @@ void Tokenizer::encode_one(const Text& text, const EncodeOptions& options, Ints&
 Rows Tokenizer::encode(const Batch& batch, const EncodeOptions& options, size_t n_threads) const {
   // Inputs bounds[i] to bounds[i + 1] are one part, of about as many bytes as any other.
   constexpr size_t kPartBytes = 1 << 16;  // fewer are not worth waking a thread
-  constexpr size_t kPartsPerThread = 4;   // so that one that is late holds up nobody
+  constexpr size_t kPartsPerThread = 8;   // so that one that is late holds up nobody
   std::vector<size_t> bounds{0};
   if (n_threads != 1) {
     size_t total = 0;

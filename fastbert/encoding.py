@@ -266,6 +266,11 @@ def as_tensor(array: NDArray[np.int64], tensors: str | None) -> Any:
     return torch.from_numpy(array)
 
 
+# glibc's malloc takes what is larger from the system: zeros that take no memory until they are
+# looked at. Smaller memory it uses again, and would fill with zeros on one thread.
+_FRESH = 32 << 20
+
+
 def as_packed(rows: Rows, dtype: torch.dtype | None, pin_memory: bool) -> PackedBatch:
     """The rows end to end, written once where the tensors are."""
     import torch
@@ -278,11 +283,14 @@ def as_packed(rows: Rows, dtype: torch.dtype | None, pin_memory: bool) -> Packed
     if dtype not in (torch.int64, torch.int32):
         raise ValueError(f"dtype must be torch.int64 or torch.int32, got {dtype}")
     shape = 3, rows.n_tokens
+    type_ids = True
     if pin_memory:
         buffer = torch.empty(shape, dtype=dtype, pin_memory=True).numpy()
-    else:  # zeros that nobody has looked at take no memory
-        buffer = np.zeros(shape, np.int64 if dtype == torch.int64 else np.int32)
-    rows.write_packed(buffer, type_ids=rows.has_pairs or pin_memory)
+    else:
+        buffer = np.empty(shape, np.int64 if dtype == torch.int64 else np.int32)
+        if buffer.nbytes >= _FRESH and not rows.has_pairs:
+            buffer, type_ids = np.zeros_like(buffer), False
+    rows.write_packed(buffer, type_ids=type_ids)
     ids, type_ids, positions = torch.from_numpy(buffer)
     cu_seqlens = torch.from_numpy(rows.offsets(dtype=np.dtype(np.int32)))
     longest = rows.longest(windows=True)
