@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the networ
 
 import pytest
 
+from fastbert.kernels import _triton
+
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 
@@ -21,6 +23,19 @@ def reproducible():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def interpreted_where_kernels_are_tested(request, monkeypatch):
+    """Without a GPU, kernels run in tests/kernels only; other tests see what users see."""
+    if "kernels" not in request.path.parts and "interpreted" not in request.keywords:
+        monkeypatch.setattr(_triton, "is_interpreted", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: a GPU, or the CPU with Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """How close is close enough: measured against float64, never chosen by hand."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +19,35 @@ def assert_as_accurate(out: Tensor, baseline: Tensor, exact: Tensor, factor: flo
     assert error <= allowed, f"error {error:.3g} is over the allowed {allowed:.3g}"
 
 
+def outcome(function: Callable[..., Tensor], tensors: list[Tensor], dout: Tensor) -> list[Tensor]:
+    """What `function` gives, and the gradient of sum(dout * that) in each of `tensors`."""
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = function(*tensors)
+    return [out.detach(), *torch.autograd.grad(out, tensors, dout.to(out.dtype))]
+
+
+def assert_matches(
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    *tensors: Tensor,
+    factor: float = 2.0,
+    **options: object,
+) -> None:
+    """Hold function(*tensors, **options), forward and backward, to `factor` times the error that
+    `reference` has in the same dtype; float64 is the truth."""
+    assert not any(x.isnan().any() for x in tensors)
+    function, reference = partial(function, **options), partial(reference, **options)
+    dout = torch.randn_like(reference(*tensors))
+    found, baseline = (outcome(f, list(tensors), dout) for f in (function, reference))
+    exact = outcome(reference, [tensor.double() for tensor in tensors], dout)
+    for i, triple in enumerate(zip(found, baseline, exact, strict=True)):
+        try:
+            assert_as_accurate(*triple, factor=factor)
+        except AssertionError as error:
+            what = "the output" if i == 0 else f"the gradient of tensor {i - 1}"
+            raise AssertionError(f"{what}: {error}") from None
+
+
 def relative_error(out: Tensor, wanted: Tensor) -> float:
     """Largest difference over the largest value wanted."""
     return ((out - wanted).abs().max() / wanted.abs().max()).item()
@@ -25,6 +57,11 @@ def prepacks_bfloat16():
     """Whether oneDNN takes bfloat16 on this CPU, be it emulated, which needs AVX-512."""
     return can_prepack() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
+
+# What kernels take. The interpreter's bfloat16 is wrong: it truncates.
+KERNEL_DTYPES = [torch.float32, torch.float16]
+if torch.cuda.is_available():
+    KERNEL_DTYPES.append(torch.bfloat16)
 
 BFLOAT16 = pytest.param(
     torch.bfloat16,

@@ -1,0 +1,132 @@
+"""How kernels reach Triton: imported at the first launch; what fails is not tried again."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Collection
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LEAST_CAPABILITY = (8, 0)  # of NVIDIA's: the first with bfloat16
+
+
+class _Language:
+    """What a kernel's signature says before triton.language is there."""
+
+    constexpr = "constexpr"
+
+
+tl: Any = _Language()
+
+
+class Kernel:
+    """A function that becomes a kernel of triton.jit, with all that its file calls, when needed."""
+
+    def __init__(self, function: Callable[..., None], unspecialized: Collection[str]) -> None:
+        self.function, self.unspecialized = function, list(unspecialized)
+        self._jitted: Any = None
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.jitted()[grid]
+
+    def jitted(self) -> Any:
+        if self._jitted is None:
+            import triton
+
+            self._jitted = triton.jit(self.function, do_not_specialize=self.unspecialized)
+            names = self.function.__globals__
+            names["tl"] = triton.language
+            for name, value in list(names.items()):
+                if isinstance(value, Kernel):
+                    names[name] = value.jitted()
+        return self._jitted
+
+
+def jit(*unspecialized: str) -> Callable[[Callable[..., None]], Any]:
+    """`triton.jit` without importing triton.
+
+    unspecialized: integers that differ from batch to batch, for whose values nothing is compiled
+    anew.
+    """
+    return lambda function: Kernel(function, unspecialized)
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run on the CPU, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why no kernel runs on `device`; None where they do."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu":
+        return None if is_interpreted() else "kernels need a GPU"
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type}"
+    return _why_not_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _why_not_gpu(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if torch.version.hip is None and capability < _LEAST_CAPABILITY:
+        name = torch.cuda.get_device_name(index)
+        return f"kernels need compute capability {_LEAST_CAPABILITY}, {name} has {capability}"
+    return None
+
+
+def on_kernel_device(x: Tensor) -> bool:
+    """Whether a kernel can take `x`, by its device and dtype."""
+    return x.dtype in DTYPES and why_not(x.device) is None
+
+
+# (operation, device) to the error with which its kernels could not be compiled there.
+failures: dict[tuple[str, str], str] = {}
+
+
+def run(operation: str, kernels: Callable, reference: Callable, x: Tensor, *args: Any) -> Any:
+    """kernels(x, *args), or reference(x, *args) where no kernel can take `x`.
+
+    Kernels that cannot be compiled for a GPU are warned about once and not tried there again.
+    """
+    if not on_kernel_device(x):
+        return reference(x, *args)
+    if x.device.type == "cpu":
+        return kernels(x, *args)
+    with torch.cuda.device(x.device):
+        device = torch.cuda.get_device_name()
+        if (operation, device) not in failures:
+            try:
+                return kernels(x, *args)
+            except _compile_errors() as error:
+                failures[operation, device] = f"{type(error).__name__}: {error}"
+                warnings.warn(
+                    f"{operation} runs in plain torch, as its kernels cannot be compiled for "
+                    f"{device}: {failures[operation, device]}",
+                    stacklevel=2,
+                )
+        return reference(x, *args)
+
+
+@cache
+def _compile_errors() -> tuple[type[Exception], ...]:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return CompilationError, OutOfResources, PTXASError
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x` with its last axis contiguous, which kernels rely on; a copy only where it is not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
