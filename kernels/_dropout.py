@@ -2,8 +2,8 @@
 
 Philox 4x32-10 (Salmon et al. 2011) gives each row 64 random bits, with the seed as its key and
 (row, stream) as its counter. What becomes of column c follows from mixing them with c as SplitMix
-does (Steele et al. 2014, with the 32-bit constants of C. Wellons): nine instructions an element, where
-Philox by itself takes 25 and would cost attention more than its products do.
+does (Steele et al. 2014, with the 32-bit constants of C. Wellons): nine instructions an element.
+Philox by itself takes 25, and would cost attention more than its products do.
 """
 
 from __future__ import annotations

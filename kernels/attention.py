@@ -102,7 +102,7 @@ def attention(
     dropout_p: float = ...,
     softmax_scale: float | None = ...,
 ) -> Tensor: ...
-def attention(*args, causal=False, dropout_p=0.0, softmax_scale=None):  # type: ignore[no-untyped-def]
+def attention(*args, causal=False, dropout_p=0.0, softmax_scale=None):
     """softmax(q k^T * softmax_scale) v within each sequence (Vaswani et al. 2017).
 
     Arguments are (qkv, cu_seqlens, max_seqlen) or (q, k, v, cu_seqlens, max_seqlen).
