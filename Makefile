@@ -1,4 +1,5 @@
 # make demo: see it work.  make test: run the tests.  make bench: measure it against others.
+# make compile-report: what compilers make of the kernels, for five GPUs, without one.
 # make sanitize, fuzz, fuzz-call, cross: try to break the tokenizer.
 PYTHON ?= python3
 RUN := .venv/bin/python -P
@@ -19,6 +20,9 @@ lint: .venv/installed-test .venv/installed-lint
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h tests/fuzz/*.cpp tests/fuzz/*.h)
+
+compile-report: .venv/installed-test
+	$(RUN) benchmarks/compile_report.py
 
 # Everything of the project that an installation copies or compiles.
 SOURCES := pyproject.toml setup.py requirements/dev.txt $(wildcard csrc/*.cpp csrc/*.h)
@@ -85,4 +89,4 @@ build/cross/%: tests/fuzz/fuzz_%.cpp tests/fuzz/replay.cpp $(SOURCES) tests/fuzz
 clean:
 	rm -rf .venv .benchmarks build dist *.egg-info fastbert/*.so
 
-.PHONY: demo test bench lint sanitize fuzz fuzz-call cross clean
+.PHONY: demo test bench lint compile-report sanitize fuzz fuzz-call cross clean

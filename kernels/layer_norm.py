@@ -39,20 +39,21 @@ class _Launch:
     num_warps: int
 
 
-# By the largest number of columns. Not measured yet: as many bytes in flight as Hopper asks for.
+# (most columns, forward, backward): 16 to 32 elements of a tensor a thread, which leaves registers
+# for enough bytes in flight (benchmarks/compile_report.py). Not measured yet.
 _LAUNCHES = (
-    (512, _Launch(8, 4)),
-    (1024, _Launch(4, 4)),
-    (4096, _Launch(1, 4)),
-    (65536, _Launch(1, 16)),
+    (512, _Launch(8, 4), _Launch(4, 4)),
+    (1024, _Launch(4, 4), _Launch(2, 4)),
+    (4096, _Launch(1, 8), _Launch(1, 8)),
+    (8192, _Launch(1, 16), _Launch(1, 16)),
 )
 # Programs of the backward, each of which sums what its rows give to weight and bias: four for each
 # processor of an H200.
 _MOST_PARTIALS = 528
 
 
-def _launch(n_cols: int) -> _Launch:
-    return next(launch for most, launch in _LAUNCHES if n_cols <= most)
+def _launches(n_cols: int) -> tuple[_Launch, _Launch]:
+    return next(row[1:] for row in _LAUNCHES if n_cols <= row[0])
 
 
 @jit("n_rows", "threshold")
@@ -244,7 +245,7 @@ def _forward(x, weight, bias, residual, seed, dropout_p, eps, dtype):
     x, residual = rows_of(x), None if residual is None else rows_of(residual)
     out = x.new_empty(x.shape, dtype=dtype)
     stats = x.new_empty(2, n_rows, dtype=torch.float32)
-    launch = _launch(n_cols)
+    launch, _ = _launches(n_cols)
     _layer_norm_fwd_kernel[(-(-n_rows // launch.block_m),)](
         x, residual, weight.contiguous(), bias.contiguous(), seed, out, stats,
         x.stride(0), 0 if residual is None else residual.stride(0),
@@ -258,7 +259,7 @@ def _forward(x, weight, bias, residual, seed, dropout_p, eps, dtype):
 def _backward(dout, x, weight, residual, seed, stats, dropout_p):
     n_rows, n_cols = x.shape
     dout, x, residual = rows_of(dout), rows_of(x), None if residual is None else rows_of(residual)
-    launch = _launch(n_cols)
+    _, launch = _launches(n_cols)
     n_partials = min(-(-n_rows // launch.block_m), _MOST_PARTIALS)
     dsum = torch.empty_like(x, dtype=dout.dtype, memory_format=torch.contiguous_format)
     dx = x.new_empty(0 if seed is None else x.shape)
