@@ -223,7 +223,8 @@ def main():
     for report in reports:
         print(
             f"{report.kernel:36} {report.chip:7} {report.dtype:9} {report.registers:4} registers "
-            f"{report.spills:4} spilled {report.shared:7,} shared  {report.products:16} {report.row}"
+            f"{report.spills:4} spilled {report.shared:7,} shared  "
+            f"{report.products:16} {report.row}"
         )
         for fault in report.faults:
             faults += 1

@@ -37,7 +37,8 @@ def main():
             if not 8 <= block_m * n_cols / (32 * num_warps) <= 64:
                 continue
             row = _Launch(block_m, num_warps)
-            times = [sum(t) for t in zip(*(milliseconds(n_cols, row, row, p) for p in (0.0, 0.1)))]
+            each = [milliseconds(n_cols, row, row, p) for p in (0.0, 0.1)]
+            times = [sum(both) for both in zip(*each, strict=True)]
             print(f"#   {n_cols} {row}: {times[0]:.3f} ms forward, {times[1]:.3f} backward")
             best = [min(b, (t, row), key=lambda x: x[0]) for b, t in zip(best, times, strict=True)]
         print(f"    ({n_cols}, {best[0][1]}, {best[1][1]}),")

@@ -86,7 +86,7 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     )
 
 
-class _Watch:
+class Watch:
     """Notices hooks on modules, modules that were exchanged, and parameters that have changed.
 
     Looked at before every forward, so it holds on to the dicts themselves and only reads them.
@@ -138,7 +138,7 @@ class LayerPlan:
     computed with in float32, which is faster than emulation and no less exact.
     """
 
-    def __init__(self, layer: Any, watch: _Watch) -> None:
+    def __init__(self, layer: Any, watch: Watch) -> None:
         attn = layer.attention.self
         self._watch = watch
         self.dtype = attn.query.weight.dtype
@@ -168,7 +168,7 @@ class LayerPlan:
             return None
         if any(p.is_inference() or p.device.type != "cpu" for p in parameters):
             return None  # inference tensors carry no version to tell that they have changed
-        watch = _Watch(modules)
+        watch = Watch(modules)
         return cls(layer, watch) if watch.plain() else None
 
     def holds(self) -> bool:

@@ -6,11 +6,13 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbert.config import BertConfig
-from fastbert.inference import LayerPlan, can_plan, is_plain, run
+from fastbert.inference import LayerPlan, Watch, can_plan, is_plain, run
+from fastbert.kernels._triton import on_kernel_device
 from fastbert.kernels.attention import attention, attention_weights_ref
 from fastbert.kernels.embeddings import embed
 from fastbert.kernels.layer_norm import layer_norm
@@ -71,6 +73,8 @@ class BertEmbeddings(nn.Module):
 
 
 class BertSelfAttention(nn.Module):
+    """Attention, whose three projections are one product where a kernel takes its result."""
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
@@ -79,17 +83,50 @@ class BertSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self._joined: tuple[Watch, Tensor, Tensor] | None = None
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: list[Tensor] | None = None
     ) -> Tensor:
         """(n_tokens, hidden) to the same. A list given as `weights` gets the attention weights."""
         heads = (self.num_attention_heads, self.attention_head_size)
-        q, k, v = (f(x).unflatten(-1, heads) for f in (self.query, self.key, self.value))
+        linears = (self.query, self.key, self.value)
+        dropout_p = _rate(self.dropout)
+        if weights is None and on_kernel_device(x) and all(map(_is_plain_linear, linears)):
+            qkv = F.linear(x, *self._join()).unflatten(-1, (3, *heads))
+            return attention(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p).flatten(1)
+        q, k, v = (linear(x).unflatten(-1, heads) for linear in linears)
         if weights is not None:
             weights.append(attention_weights_ref(q, k, cu_seqlens, max_seqlen))
-        out = attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=_rate(self.dropout))
-        return out.flatten(1)
+        return attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p).flatten(1)
+
+    def _join(self) -> tuple[Tensor, Tensor]:
+        """The three weights and biases as one. Kept for inference until one of them changes."""
+        linears: list[Any] = [self.query, self.key, self.value]
+        weights: list[Tensor] = [linear.weight for linear in linears]
+        biases: list[Tensor] = [linear.bias for linear in linears]
+        may_keep = not (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or any(p.is_inference() for p in weights + biases)  # carry no version
+        )
+        if not may_keep:
+            return torch.cat(weights), torch.cat(biases)
+        if self._joined is None or not self._joined[0].unchanged():
+            with torch.inference_mode(False), torch.no_grad():
+                self._joined = Watch([self, *linears]), torch.cat(weights), torch.cat(biases)
+        return self._joined[1:]
+
+    def train(self, mode: bool = True) -> BertSelfAttention:
+        self._joined = None  # also for those who write through .data, which no version shows
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_joined": None}  # not copied, not pickled: made again when needed
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return is_plain(module, nn.Linear)
 
 
 class _Output(nn.Module):

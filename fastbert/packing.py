@@ -178,8 +178,12 @@ def pack_indices(attention_mask: Tensor, shape: Sequence[int]) -> tuple[Tensor, 
     lengths = real.sum(dim=1, dtype=torch.int32)
     cu_seqlens = torch.zeros(shape[0] + 1, dtype=torch.int32, device=real.device)
     torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
-    index = real.reshape(-1).nonzero().squeeze(1)
-    max_seqlen = int(lengths.max()) if lengths.numel() else 0
+    longest = lengths.max() if lengths.numel() else cu_seqlens[-1]
+    n_tokens, max_seqlen = torch.stack([cu_seqlens[-1], longest]).tolist()
+    if real.device.type == "cpu":
+        index = real.reshape(-1).nonzero().squeeze(1)
+    else:  # nonzero would wait once more
+        index = torch.sort(real.reshape(-1), descending=True, stable=True).indices[:n_tokens]
     return index, cu_seqlens, max_seqlen
 
 
