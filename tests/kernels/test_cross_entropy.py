@@ -175,19 +175,21 @@ def test_ties_go_to_the_first_class(device, monkeypatch):
     assert linear_cross_entropy(x, weight, None, torch.tensor([0], device=device)).n_correct == 1
 
 
-def test_large_and_banned_logits(device):
+# Beside logits that are all low, those that only pad a row are not.
+@pytest.mark.parametrize("scale, offset", [(1e3, 0.0), (1.0, -200.0)])
+def test_extreme_and_banned_logits(scale, offset, device):
     """Nothing overflows, and a class that a bias of -inf bans has no share."""
     (x, weight, bias), labels = arguments(8, 70, device=device)
+    bias += offset
     bias[11] = -float("inf")
     labels[labels == 11] = 12
-    found, wanted = (
-        outcome(
-            lambda x, weight: f(x, weight, bias, labels).loss,  # noqa: B023
-            [1e3 * x, weight],
-            torch.ones((), device=device),
-        )
-        for f in (linear_cross_entropy, linear_cross_entropy_ref)
-    )
+
+    def loss_of(function):
+        return lambda x, weight: function(x, weight, bias, labels).loss
+
+    one = torch.ones((), device=device)
+    found = outcome(loss_of(linear_cross_entropy), [scale * x, weight], one)
+    wanted = outcome(loss_of(linear_cross_entropy_ref), [scale * x, weight], one)
     for a, b in zip(found, wanted, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b)
