@@ -398,9 +398,10 @@ def linear_cross_entropy(
 
     Positions that are not labelled cost nothing. To know how many are, the host waits for the
     device once. The product is in the dtype of x, under autocast in that of autocast; the loss is
-    float32 (float64 for float64), where torch's of half precision is half. Memory: 2**27 logits
-    at a time in the dtype of x, and with gradients one of the weight in float32; the weight once
-    more where n_classes is no multiple of 64 or its dtype is another.
+    float32 (float64 for float64), where torch's of half precision is half. Memory: at most 2**27
+    logits at a time in the dtype of x (in plain torch once more in float32), and with gradients
+    one of the weight in float32; the weight once more where n_classes is no multiple of 64 or its
+    dtype is another.
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -417,7 +418,7 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     wanted = [
         reduction != "none" and torch.is_grad_enabled() and t is not None and t.requires_grad

@@ -354,6 +354,16 @@ def test_compiles_whole(reduction, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_meta(reduction):
+    tensors, labels = arguments(6, 20, device="meta")
+    x = tensors[0].requires_grad_()
+    out = linear_cross_entropy(*tensors, labels, reduction=reduction)
+    assert out.loss.shape == (() if reduction == "mean" else (6,))
+    out.loss.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 BAD = [
     ({"x": torch.ones(4, 7)}, r"x and weight must be .* got \(4, 7\) and \(9, 8\)"),
     ({"x": torch.ones(8)}, r"x and weight must be .* got \(8,\)"),
