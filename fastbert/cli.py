@@ -12,10 +12,13 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastbert.files import replace_folder
 from fastbert.readers import FORMATS, TextSource
+
+if TYPE_CHECKING:
+    import torch
 
 _OUTPUTS = (".npy", ".parquet", ".jsonl")
 
@@ -132,18 +135,54 @@ def collect_info() -> dict[str, Any]:
 def kernel_status() -> list[dict[str, str]]:
     """For each operation of fastbert.kernels: its name, what runs, and why."""
     import pkgutil
+    from importlib import import_module
+
+    import torch
 
     import fastbert.kernels
+    from fastbert.kernels import _triton
     from fastbert.kernels.linear import can_prepack
 
-    plain = ("plain torch", "there is no Triton kernel for it yet")
-    status = {module.name: plain for module in pkgutil.iter_modules(fastbert.kernels.__path__)}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problem = _triton.why_not(device)
+    if device.type == "cuda" and problem is None:
+        _try_kernels(device)
+    failed = {operation: error for (operation, _), error in _triton.failures.items()}
+    status = {}
+    for module in pkgutil.iter_modules(fastbert.kernels.__path__):
+        names = vars(import_module(f"fastbert.kernels.{module.name}"))
+        if module.name.startswith("_") or not any(n.endswith("_kernel") for n in names):
+            continue
+        why = problem or failed.get(module.name)
+        status[module.name] = ("plain torch", why) if why else ("Triton", f"compiled for {device}")
     status["linear"] = (
         ("oneDNN", "weights prepacked, for inference on a CPU; plain torch elsewhere")
         if can_prepack()
         else ("plain torch", "this torch was built without oneDNN's prepacked product")
     )
     return [{"name": n, "runs": runs, "why": why} for n, (runs, why) in sorted(status.items())]
+
+
+def _try_kernels(device: torch.device) -> None:
+    """Run every operation on a GPU, so that `failures` has those that cannot be compiled."""
+    import warnings
+
+    import torch
+
+    from fastbert import BertConfig, BertModel
+    from fastbert.kernels.cross_entropy import linear_cross_entropy
+    from fastbert.kernels.pooling import pool
+
+    config = BertConfig(vocab_size=64, hidden_size=64, num_attention_heads=1, num_hidden_layers=1)
+    model = BertModel(config).to(device, torch.bfloat16).train()
+    ids = torch.ones(2, 16, dtype=torch.int64, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hidden = model(ids).last_hidden_state.flatten(0, 1)
+        cu_seqlens = torch.tensor([0, 16, 32], dtype=torch.int32, device=device)
+        word = model.get_input_embeddings().weight
+        loss = linear_cross_entropy(hidden, word, None, ids.flatten()).loss
+        (loss + pool(hidden, cu_seqlens).sum()).backward()
 
 
 def _cpu_facts() -> dict[str, str]:

@@ -78,7 +78,8 @@ def _why_not_gpu(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if torch.version.hip is None and capability < _LEAST_CAPABILITY:
         name = torch.cuda.get_device_name(index)
-        return f"kernels need compute capability {_LEAST_CAPABILITY}, {name} has {capability}"
+        wanted, has = (".".join(map(str, version)) for version in (_LEAST_CAPABILITY, capability))
+        return f"kernels need compute capability {wanted}, {name} has {has}"
     return None
 
 

@@ -1,0 +1,93 @@
+"""Which path is taken, and what becomes of kernels that cannot be compiled."""
+
+import subprocess
+import sys
+import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastbert.cli import kernel_status
+from fastbert.kernels import _triton
+from fastbert.kernels._triton import Kernel, jit, run, tl, why_not
+
+
+@jit("n")
+def _double_kernel(x_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(x_ptr + i, _twice(tl.load(x_ptr + i, mask=i < n, other=0.0)), mask=i < n)
+
+
+@jit()
+def _twice(x):
+    return 2 * x
+
+
+def test_a_kernel_is_made_when_it_is_launched(device):
+    x = torch.arange(5.0, device=device)
+    _double_kernel[(1,)](x, 4, BLOCK=8)
+    assert x.tolist() == [0.0, 2.0, 4.0, 6.0, 4.0]
+    assert not isinstance(_twice, Kernel)  # made with it
+
+
+def test_triton_is_imported_at_the_first_launch():
+    code = (
+        "import sys, torch, fastbert; from fastbert import BertModel; "
+        "from fastbert.kernels.layer_norm import layer_norm; "
+        "layer_norm(torch.ones(2, 4), torch.ones(4), torch.ones(4)); "
+        "assert not [m for m in sys.modules if m.split('.')[0] == 'triton']"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, env={})
+
+
+def test_why_no_kernel_runs(monkeypatch):
+    assert "meta" in why_not(torch.device("meta"))
+    monkeypatch.setattr(_triton, "is_interpreted", lambda: False)
+    assert why_not(torch.device("cpu")) == "kernels need a GPU"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert why_not(torch.device("cuda", 63)) == (
+        "kernels need compute capability 8.0, Tesla T4 has 7.5"
+    )
+    monkeypatch.setattr(_triton, "find_spec", lambda name: None)
+    assert why_not(torch.device("cuda", 63)) == "triton is not installed"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Something that says it is a tensor on a GPU."""
+    monkeypatch.setattr(_triton, "failures", {})
+    monkeypatch.setattr(_triton, "on_kernel_device", lambda x: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16)
+
+
+def test_what_cannot_be_compiled_runs_in_plain_torch(gpu, monkeypatch):
+    """One warning that names kernel, GPU and error; not tried again; `fastbert info` lists it."""
+    from triton.runtime.errors import OutOfResources
+
+    calls = []
+
+    def kernels(x, n):
+        calls.append(n)
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    with pytest.warns(UserWarning, match="layer_norm .*plain torch.*Test GPU.*shared memory"):
+        assert run("layer_norm", kernels, lambda x, n: n + 1, gpu, 1) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run("layer_norm", kernels, lambda x, n: n + 1, gpu, 2) == 3
+        assert run("other", lambda x, n: n, None, gpu, 5) == 5
+    assert calls == [1]
+    (status,) = (s for s in kernel_status() if s["name"] == "layer_norm")
+    assert status["runs"] == "plain torch" and "shared memory" in status["why"]
+
+
+def test_other_errors_are_the_callers(gpu):
+    with pytest.raises(ZeroDivisionError):
+        run("layer_norm", lambda x: 1 / 0, lambda x: 0, gpu)
+    assert not _triton.failures
