@@ -13,8 +13,8 @@ from fastbert.config import BertConfig
 from fastbert.inference import LayerPlan, can_plan, is_plain, run
 from fastbert.kernels.attention import attention, attention_weights_ref
 from fastbert.kernels.embeddings import embed
+from fastbert.kernels.gelu import ACTIVATIONS
 from fastbert.kernels.layer_norm import layer_norm
-from fastbert.kernels.linear import ACTIVATIONS
 
 
 class LayerNorm(nn.LayerNorm):
