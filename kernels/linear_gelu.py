@@ -46,8 +46,8 @@ _TMA_LAUNCHES = (
 # Elsewhere: 48 KiB of shared memory, as RTX 40 and MI300 have less than the others.
 _LAUNCH = _Launch(128, 128, 32, 8, 4, 1)
 # Where this was measured to be faster than cuBLASLt's product and then `bias_gelu`:
-# (GPU, in_features, out_features) to the fewest and the most tokens. benchmarks/sweep_gelu.py prints
-# these rows; none has been measured yet.
+# (GPU, in_features, out_features) to the fewest and the most tokens. None has been measured yet:
+# benchmarks/sweep_gelu.py prints these rows.
 _FASTER: dict[tuple[str, int, int], tuple[int, int]] = {}
 
 
