@@ -15,8 +15,8 @@ from fastbert.inference import LayerPlan, Watch, can_plan, is_plain, run
 from fastbert.kernels._triton import on_kernel_device
 from fastbert.kernels.attention import attention, attention_weights_ref
 from fastbert.kernels.embeddings import embed
+from fastbert.kernels.gelu import ACTIVATIONS
 from fastbert.kernels.layer_norm import layer_norm
-from fastbert.kernels.linear import ACTIVATIONS
 
 
 class LayerNorm(nn.LayerNorm):

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.kernels.gelu import ACTIVATIONS
+
 # What oneDNN computes while a tile of the product is still in registers: (attr, algorithm).
 _POINTWISE = {
     None: ("none", ""),
@@ -14,13 +16,6 @@ _POINTWISE = {
     "gelu_new": ("gelu", "tanh"),
     "gelu_pytorch_tanh": ("gelu", "tanh"),
     "relu": ("relu", ""),
-}
-ACTIVATIONS = {
-    None: lambda x: x,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
 }
 
 
@@ -38,7 +33,8 @@ def can_prepack() -> bool:
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None = None) -> Tensor:
-    return ACTIVATIONS[activation](F.linear(x, weight, bias))
+    out = F.linear(x, weight, bias)
+    return out if activation is None else ACTIVATIONS[activation](out)
 
 
 @dataclass(frozen=True)

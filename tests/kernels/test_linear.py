@@ -2,14 +2,15 @@ import pytest
 import torch
 from accuracy import BFLOAT16, assert_as_accurate
 
-from fastbert.kernels.linear import ACTIVATIONS, Prepacked, can_prepack, linear_ref
+from fastbert.kernels.gelu import ACTIVATIONS
+from fastbert.kernels.linear import Prepacked, can_prepack, linear_ref
 
 pytestmark = pytest.mark.skipif(not can_prepack(), reason="torch was built without oneDNN")
 
 
 # 1 and 17 rows, one tile and more; sizes that are no multiple of a tile.
 @pytest.mark.parametrize("n_rows, n_in, n_out", [(1, 384, 1152), (17, 50, 33), (200, 64, 64)])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @torch.no_grad()
 def test_prepacked_is_as_accurate_as_plain(n_rows, n_in, n_out, activation, dtype):
