@@ -44,19 +44,19 @@ def embed_ref(
 
 @dataclass(frozen=True)
 class _Launch:
-    block_m: int  # tokens at once in half precision, half as many in float32
+    block_m: int  # tokens at once
     num_warps: int
 
 
-# By the largest number of columns. From the compile report's registers, not measured yet: 64 bytes
-# of each tensor a thread. A warp has 256 columns, in 16-byte loads of half precision, so that sums
-# over tokens stay inside a thread.
+# (most columns, forward and sums of tokens, backward): 256 columns a warp, in 16-byte loads of half
+# precision, so that sums over tokens stay inside a thread; 16 to 32 elements of a tensor a thread,
+# for registers (benchmarks/compile_report.py). Not measured yet.
 _LAUNCHES = (
-    (256, _Launch(4, 1)),
-    (512, _Launch(4, 2)),
-    (1024, _Launch(4, 4)),
-    (2048, _Launch(4, 8)),
-    (4096, _Launch(2, 16)),
+    (256, _Launch(4, 1), _Launch(2, 1)),
+    (512, _Launch(4, 2), _Launch(2, 2)),
+    (1024, _Launch(4, 4), _Launch(2, 4)),
+    (2048, _Launch(4, 8), _Launch(2, 8)),
+    (4096, _Launch(2, 16), _Launch(1, 16)),
 )
 # The backward's programs each sum what their tokens give to weight, bias and token types: as many
 # as an H200, of 132 processors, runs at once with their registers.
@@ -65,13 +65,13 @@ _SHORT = 2**15  # ids below are sorted as 16 bits, in half the passes that 32 ta
 _CHUNK = 32  # tokens of one id that are summed ahead, so that no program walks a long run alone
 
 
-def _launch(n_cols: int, dtype: torch.dtype) -> dict[str, int]:
-    launch = next(launch for most, launch in _LAUNCHES if n_cols <= most)
-    return {
-        "BLOCK_M": launch.block_m * 2 // dtype.itemsize,
-        "BLOCK_N": next_power_of_2(n_cols),
-        "num_warps": launch.num_warps,
-    }
+def _launches(n_cols: int) -> tuple[dict[str, int], dict[str, int]]:
+    forward, backward = next(row[1:] for row in _LAUNCHES if n_cols <= row[0])
+    block_n = next_power_of_2(n_cols)
+    return (
+        {"BLOCK_M": forward.block_m, "BLOCK_N": block_n, "num_warps": forward.num_warps},
+        {"BLOCK_M": backward.block_m, "BLOCK_N": block_n, "num_warps": backward.num_warps},
+    )
 
 
 @jit()
@@ -397,7 +397,7 @@ def _forward(
     ids = [x.contiguous() for x in (input_ids, token_type_ids, position_ids)]
     out = word.new_empty(n_tokens, n_cols, dtype=dtype)
     stats = word.new_empty(2, n_tokens, dtype=torch.float32)
-    launch = _launch(n_cols, dtype)
+    launch, _ = _launches(n_cols)
     _embed_fwd_kernel[(-(-n_tokens // launch["BLOCK_M"]),)](
         *tables, *ids, weight.contiguous(), bias.contiguous(), seed, out, stats,
         *(table.stride(0) for table in tables),
@@ -416,7 +416,7 @@ def _backward(
     tables = [rows_of(table) for table in (word, token_type, position)]
     ids = [x.contiguous() for x in (input_ids, token_type_ids, position_ids)]
     n_words, n_types, n_positions = map(len, tables)
-    launch = _launch(n_cols, dout.dtype)
+    of_sums, launch = _launches(n_cols)
     n_programs = _PROCESSORS * max(1, _WARPS // launch["num_warps"])
     n_partials = min(-(-n_tokens // launch["BLOCK_M"]), n_programs)
     dsum = torch.empty_like(dout, memory_format=torch.contiguous_format)
@@ -447,11 +447,13 @@ def _backward(
     starts = torch.searchsorted(keys, every_row, out_int32=True)
     n_chunks = len(keys) // _CHUNK
     chunks = dsum.new_empty(n_chunks, n_cols, dtype=torch.float32)
-    _embed_chunk_bwd_kernel[(n_chunks,)](dsum, keys, tokens, chunks, n_cols, CHUNK=_CHUNK, **launch)
+    _embed_chunk_bwd_kernel[(n_chunks,)](
+        dsum, keys, tokens, chunks, n_cols, CHUNK=_CHUNK, **of_sums
+    )
     _embed_tables_bwd_kernel[(n_rows,)](
         dsum, starts, tokens, chunks, dposition, dword, dtoken_type,
         n_positions, n_words, n_cols, -1 if padding_idx < 0 else n_positions + padding_idx,
-        CHUNK=_CHUNK, **launch,
+        CHUNK=_CHUNK, **of_sums,
     )  # fmt: skip
     return dword, dtoken_type, dposition, dparameters
 
