@@ -15,8 +15,9 @@ from fastbert.inference import LayerPlan, Watch, can_plan, is_plain, run
 from fastbert.kernels._triton import on_kernel_device
 from fastbert.kernels.attention import attention, attention_weights_ref
 from fastbert.kernels.embeddings import embed
-from fastbert.kernels.gelu import ACTIVATIONS
+from fastbert.kernels.gelu import bias_gelu
 from fastbert.kernels.layer_norm import layer_norm
+from fastbert.kernels.linear_gelu import linear_gelu
 
 
 class LayerNorm(nn.LayerNorm):
@@ -174,7 +175,9 @@ class BertIntermediate(nn.Module):
         self.activation = config.hidden_act
 
     def forward(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](self.dense(x))
+        if _is_plain_linear(self.dense):
+            return linear_gelu(x, self.dense.weight, self.dense.bias, self.activation)
+        return bias_gelu(self.dense(x), None, self.activation)
 
 
 class BertLayer(nn.Module):
