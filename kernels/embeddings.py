@@ -172,13 +172,12 @@ def _embed_bwd_kernel(
             kept = is_kept(first[:, None], second[:, None], cols[None, :], threshold)
             dout = tl.where(kept, dout * scale, 0.0)
         x = words + types + positions
-        normed = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+        normed = (x - mean[:, None]) * rstd[:, None]
         scaled = dout * weight[None, :]
         along = tl.sum(scaled * normed, 1) / n_cols
         dsum = rstd[:, None] * (
             scaled - tl.sum(scaled, 1)[:, None] / n_cols - normed * along[:, None]
         )
-        dsum = tl.where(mask, dsum, 0.0)
         dweight += tl.sum(dout * normed, 0)
         dbias += tl.sum(dout, 0)
         first_type += tl.sum(tl.where((type_ids == 0)[:, None], dsum, 0.0), 0)
