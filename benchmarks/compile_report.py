@@ -74,6 +74,11 @@ class Launch:
     divisible: tuple[int, ...]  # arguments that are multiples of 16
     options: tuple[tuple[str, object], ...]
 
+    def fits(self, chip_name):
+        """Whether it is made there: Hopper and newer have hardware that moves tiles."""
+        moves_tiles = any(kind.startswith("tensordesc") for _, kind in self.signature)
+        return not moves_tiles or chip_name in ("sm_90", "sm_100")
+
     def row(self):
         """The choices, as one reads them."""
         shown = [f"{k}={v}" for k, v in self.constants if k.isupper()]
@@ -122,6 +127,9 @@ def written_down(kernel, args, options):
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             divisible.append(i)
+        elif hasattr(value, "block_shape"):
+            dtype = POINTERS[value.base.dtype].removeprefix("*")
+            signature[parameter.name] = f"tensordesc<{dtype}{list(value.block_shape)}>"
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if specialize and value % 16 == 0:
@@ -216,7 +224,12 @@ def main():
         for dtype in DTYPES:
             found = process.submit(launches, DTYPES[dtype], args.only).result()
             launched |= {(launch.module, launch.kernel) for launch in found}
-            work += [(launch, dtype, chip) for launch in found for chip in args.chips]
+            work += [
+                (launch, dtype, chip)
+                for launch in found
+                for chip in args.chips
+                if launch.fits(chip)
+            ]
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as processes:
         reports = list(processes.map(compiled, *zip(*work, strict=True), chunksize=4))
 

@@ -84,10 +84,12 @@ def sweep_product():
                     times.setdefault(row, []).append(float("inf"))
                     print(f"#   {row}: {type(error).__name__}")
         best = min(times, key=lambda row: sum(times[row]))
-        print(f"    ({n_tokens}, {best}),  # ms: {times[best]}; as two kernels: {two}")
+        ms, two_ms = (", ".join(f"{t:.4f}" for t in found) for found in (times[best], two))
+        print(f"    ({n_tokens}, {best}),  # ms: {ms}; as two kernels: {two_ms}")
         for hidden, one, other in zip(HIDDEN, times[best], two, strict=True):
             if one < other:
                 wins[hidden].append(n_tokens)
+    print(")" if by_tma else "#")
     print("_FASTER: dict[tuple[str, int, int], tuple[int, int]] = {")
     for hidden in filter(wins.get, HIDDEN):
         key = (torch.cuda.get_device_name(), hidden, 4 * hidden)
