@@ -1,81 +1,646 @@
 """Softmax attention on packed sequences: each token attends to the tokens of its own sequence."""
 
-from collections.abc import Sequence
-from itertools import groupby, pairwise
-from typing import overload
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.kernels._attention_ref import (
+    attend,
+    attention_ref,
+    attention_weights_ref,
+    backward_ref,
+    forward_ref,
+    runs_of,
+)
+from fastbert.kernels._dropout import draw_seed, dropout_arguments, is_kept, row_words
+from fastbert.kernels._triton import jit, next_power_of_2, on_kernel_device, rows_of, run, tl
 
-def runs_of(bounds: Sequence[int]) -> list[tuple[int, int]]:
-    """(n_seqs, length) of neighbouring sequences of one length, of `cu_seqlens` as a list."""
-    lengths = (b - a for a, b in pairwise(bounds))
-    runs = [(sum(1 for _ in group), length) for length, group in groupby(lengths)]
-    return [(n_seqs, length) for n_seqs, length in runs if length]
+__all__ = [
+    "Schedule",
+    "attend",
+    "attention",
+    "attention_ref",
+    "attention_weights_ref",
+    "runs_of",
+    "schedule",
+]
 
-
-def attention_ref(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    causal: bool = False,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-) -> Tensor:
-    runs = runs_of(cu_seqlens.tolist())
-    return attend(q, k, v, runs, causal, dropout_p, softmax_scale)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    runs: list[tuple[int, int]],
-    causal: bool = False,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-) -> Tensor:
-    """The reference with the sequences given as `runs_of` does."""
-    # Neighbours of one length are one call: 1.7 to 1.9 times as fast as a call a sequence, and
-    # level with two products and a softmax between (benchmarks/README.md).
-    if not runs:
-        return torch.empty_like(q)
-    sizes = [n_seqs * length for n_seqs, length in runs]
-    out = []
-    for (n_seqs, length), *qkv in zip(runs, *(x.split(sizes) for x in (q, k, v)), strict=True):
-        shape = (n_seqs, length, *q.shape[1:])
-        heads = [x.view(shape).transpose(1, 2) for x in qkv]  # (n_seqs, n_heads, length, head_dim)
-        run = F.scaled_dot_product_attention(
-            heads[0], heads[1], heads[2], None, dropout_p, causal, scale=softmax_scale
-        )
-        out.append(run.transpose(1, 2).flatten(0, 1))
-    return torch.cat(out) if len(out) > 1 else out[0]
+_HEAD_DIMS = range(16, 129)
+_LOG2_E = math.log2(math.e)
 
 
-def attention_weights_ref(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    softmax_scale: float | None = None,
-) -> Tensor:
-    """The weights themselves: (n_seqs, n_heads, max_seqlen, max_seqlen), zeros at padding.
+@dataclass(frozen=True)
+class _Launch:
+    block: int  # rows of the side that is gone through
+    num_warps: int
+    num_stages: int
 
-    q, k: (n_tokens, n_heads, head_dim). Slow and large: for those who ask to see them.
+
+@dataclass(frozen=True)
+class _Launches:
+    most_fwd: int  # keys up to which the forward has them all in one tile
+    most_bwd: int  # the same for keys and queries of the backward
+    fwd: _Launch
+    dq: _Launch
+    dkv: _Launch
+
+
+# By bytes of a number and largest head_dim. Chosen by the compile report's registers; not measured.
+_LAUNCHES = (
+    (2, 32, _Launches(128, 128, _Launch(128, 8, 2), _Launch(64, 8, 2), _Launch(64, 8, 2))),
+    (2, 64, _Launches(128, 128, _Launch(128, 8, 2), _Launch(64, 8, 2), _Launch(64, 8, 2))),
+    (2, 128, _Launches(128, 64, _Launch(64, 8, 2), _Launch(32, 8, 2), _Launch(32, 8, 2))),
+    (4, 64, _Launches(64, 64, _Launch(32, 8, 1), _Launch(32, 8, 1), _Launch(32, 8, 1))),
+    (4, 128, _Launches(64, 0, _Launch(32, 8, 1), _Launch(16, 8, 1), _Launch(16, 8, 1))),
+)
+
+
+def _launches(x: Tensor) -> _Launches:
+    size, head_dim = x.element_size(), x.shape[-1]
+    return next(row for of, most, row in _LAUNCHES if of == size and head_dim <= most)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What programs work on, made once a batch for all layers, forward and backward.
+
+    query_tiles: (n_tiles, 5) int32: the first row of the tile in its sequence, the sequence's first
+    token and its length, the first token and the number of its keys. key_tiles: the same with
+    queries and keys in each other's place. A row past the length is no work. block: rows of a tile.
     """
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    bounds = cu_seqlens.tolist()
-    weights = []
-    for start, stop in pairwise(bounds):
-        scores = torch.einsum("qhd,khd->hqk", q[start:stop], k[start:stop]) * scale
-        padding = max_seqlen - (stop - start)
-        weights.append(F.pad(scores.softmax(-1), (0, padding, 0, padding)))
-    return torch.stack(weights) if weights else q.new_zeros(0, q.shape[1], max_seqlen, max_seqlen)
+
+    query_tiles: Tensor
+    key_tiles: Tensor
+    block: int
+
+
+def schedule(
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    n_tokens: int,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    n_keys: int | None = None,
+) -> Schedule:
+    """The schedule of a batch, on the device of `cu_seqlens`, without waiting for it.
+
+    Arguments are those of `attention`; n_tokens and n_keys: rows of q and of k. Tiles of the
+    sequences with most work come first, so that the last programs are short.
+    """
+    if cu_seqlens_k is None:
+        cu_seqlens_k, max_seqlen_k, n_keys = cu_seqlens, max_seqlen, n_tokens
+    if max_seqlen_k is None or n_keys is None:
+        raise ValueError("cu_seqlens_k needs max_seqlen_k and n_keys, got None")
+    block = _block(max_seqlen, max_seqlen_k)
+    query_tiles = _tiles(cu_seqlens, cu_seqlens_k, max_seqlen, n_tokens, block)
+    if cu_seqlens_k is cu_seqlens:
+        return Schedule(query_tiles, query_tiles, block)
+    return Schedule(
+        query_tiles, _tiles(cu_seqlens_k, cu_seqlens, max_seqlen_k, n_keys, block), block
+    )
+
+
+def _block(max_seqlen: int, max_seqlen_k: int) -> int:
+    return 64 if max(max_seqlen, max_seqlen_k) <= 64 else 128
+
+
+def _tiles(
+    cu_seqlens: Tensor, cu_others: Tensor, max_seqlen: int, n_rows: int, block: int
+) -> Tensor:
+    lengths, others = cu_seqlens.diff(), cu_others.diff()
+    sequences = torch.stack([lengths * 0, cu_seqlens[:-1], lengths, cu_others[:-1], others], 1)
+    if max_seqlen <= block:
+        return sequences
+    order = others.argsort(descending=True, stable=True)
+    sequences = sequences[order]
+    n_tiles = (sequences[:, 2] + block - 1) // block
+    ends = n_tiles.cumsum(0)
+    most = n_rows // block + len(lengths)
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        most = int(ends[-1])
+    tiles = torch.arange(most, device=ends.device)
+    which = torch.searchsorted(ends, tiles, right=True).clamp(max=len(lengths) - 1)
+    rows = (tiles - (ends - n_tiles)[which]) * block
+    return torch.cat([rows[:, None].int(), sequences[which, 1:]], 1)
+
+
+# What the kernels share. Rows are counted from the first token of the sequence, int32; what is
+# added to a pointer for the tokens before is int64. Exponents are of two: `scale` has a factor
+# log2(e) for that.
+
+
+@jit()
+def _tile(tiles_ptr, n_heads):
+    """head, row, start, length, start and length of the other side."""
+    program = tl.program_id(0)
+    tile_ptr = tiles_ptr + program // n_heads * 5
+    start = tl.load(tile_ptr + 1).to(tl.int64)
+    other_start = tl.load(tile_ptr + 3).to(tl.int64)
+    row, length, other_length = tl.load(tile_ptr), tl.load(tile_ptr + 2), tl.load(tile_ptr + 4)
+    return program % n_heads, row, start, length, other_start, other_length
+
+
+@jit()
+def _load(
+    ptr, row, length, stride,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK, BLOCK_D) from `row` on, zeros past `length` and past HEAD_DIM."""
+    rows, cols = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    mask = (rows < length - row)[:, None]
+    if HEAD_DIM < BLOCK_D:
+        mask = mask & (cols < HEAD_DIM)[None, :]
+    ptr += tl.cast(row, tl.int64) * stride
+    return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@jit()
+def _store(
+    ptr, x, row, length, stride,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    rows, cols = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    mask = (rows < length - row)[:, None]
+    if HEAD_DIM < BLOCK_D:
+        mask = mask & (cols < HEAD_DIM)[None, :]
+    ptr += tl.cast(row, tl.int64) * stride
+    x = x.to(ptr.dtype.element_ty)
+    tl.store(ptr + rows[:, None] * stride + cols[None, :], x, mask=mask)
+
+
+@jit("n_tokens", "threshold")
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, tiles_ptr, seed_ptr, out_ptr, lse_ptr,
+    stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh,
+    n_tokens, n_heads, scale, threshold, keep_scale,
+    IS_CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries, a block of keys after the other."""
+    head, row, start, length, key_start, key_length = _tile(tiles_ptr, n_heads)
+    if row >= length:
+        return
+    q_ptr += start * stride_qm + head * stride_qh
+    k_ptr += key_start * stride_km + head * stride_kh
+    v_ptr += key_start * stride_vm + head * stride_vh
+    rows = row + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+
+    q = _load(q_ptr, row, length, stride_qm, BLOCK_M, HEAD_DIM, BLOCK_D)
+    if HAS_DROPOUT:
+        first, second = row_words(tl.load(seed_ptr), start + rows, head)
+    largest = tl.full([BLOCK_M], -3.0e38, tl.float32)  # finite: for who sees no key
+    total = tl.zeros([BLOCK_M], tl.float32)
+    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    stop = key_length  # of the keys that some query sees
+    clear = key_length  # of those that all queries see
+    if IS_CAUSAL:
+        stop = tl.minimum(key_length, row + BLOCK_M + key_length - length)
+        clear = tl.minimum(key_length, row + 1 + key_length - length)
+
+    for key in range(0, stop, BLOCK_N):
+        k = _load(k_ptr, key, key_length, stride_km, BLOCK_N, HEAD_DIM, BLOCK_D)
+        v = _load(v_ptr, key, key_length, stride_vm, BLOCK_N, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if key + BLOCK_N > clear:
+            seen = (cols < key_length - key)[None, :]
+            if IS_CAUSAL:
+                seen = seen & (cols[None, :] <= (rows + (key_length - length - key))[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(weights, 1)
+        if HAS_DROPOUT:
+            kept = is_kept(first[:, None], second[:, None], (key + cols)[None, :], threshold)
+            weights = tl.where(kept, weights, 0.0)
+        out = out * shrink[:, None]
+        out = tl.dot(weights.to(v.dtype), v, out, input_precision=PRECISION)
+        largest = larger
+
+    blind = total == 0.0  # sees no key
+    total = tl.where(blind, 1.0, total)
+    factor = keep_scale / total
+    lse = tl.where(blind, float("inf"), largest + tl.log2(total))
+    out_ptr += (start * n_heads + head) * HEAD_DIM
+    _store(
+        out_ptr, out * factor[:, None], row, length, n_heads * HEAD_DIM, BLOCK_M, HEAD_DIM, BLOCK_D
+    )
+    tl.store(lse_ptr + head.to(tl.int64) * n_tokens + start + rows, lse, mask=rows < length)
+
+
+@jit("n_tokens", "threshold")
+def _attention_short_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, tiles_ptr, seed_ptr, out_ptr, lse_ptr,
+    stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh,
+    n_tokens, n_heads, scale, threshold, keep_scale,
+    IS_CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries and all keys, which are at most BLOCK_N."""
+    head, row, start, length, key_start, key_length = _tile(tiles_ptr, n_heads)
+    if row >= length:
+        return
+    q_ptr += start * stride_qm + head * stride_qh
+    k_ptr += key_start * stride_km + head * stride_kh
+    v_ptr += key_start * stride_vm + head * stride_vh
+    rows = row + tl.arange(0, BLOCK_M)
+    keys = tl.arange(0, BLOCK_N)
+
+    q = _load(q_ptr, row, length, stride_qm, BLOCK_M, HEAD_DIM, BLOCK_D)
+    k = _load(k_ptr, 0, key_length, stride_km, BLOCK_N, HEAD_DIM, BLOCK_D)
+    v = _load(v_ptr, 0, key_length, stride_vm, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    seen = (keys < key_length)[None, :]
+    if IS_CAUSAL:
+        seen = seen & (keys[None, :] <= (rows + (key_length - length))[:, None])
+    scores = tl.where(seen, scores, float("-inf"))
+    largest = tl.maximum(tl.max(scores, 1) * scale, -3.0e38)  # finite: for who sees no key
+    weights = tl.exp2(scores * scale - largest[:, None])
+    total = tl.sum(weights, 1)
+    if HAS_DROPOUT:
+        first, second = row_words(tl.load(seed_ptr), start + rows, head)
+        kept = is_kept(first[:, None], second[:, None], keys[None, :], threshold)
+        weights = tl.where(kept, weights, 0.0)
+    out = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+
+    blind = total == 0.0  # sees no key
+    total = tl.where(blind, 1.0, total)
+    factor = keep_scale / total
+    lse = tl.where(blind, float("inf"), largest + tl.log2(total))
+    out_ptr += (start * n_heads + head) * HEAD_DIM
+    _store(
+        out_ptr, out * factor[:, None], row, length, n_heads * HEAD_DIM, BLOCK_M, HEAD_DIM, BLOCK_D
+    )
+    tl.store(lse_ptr + head.to(tl.int64) * n_tokens + start + rows, lse, mask=rows < length)
+
+
+@jit("n_tokens", "threshold")
+def _attention_dq_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, seed_ptr,
+    dq_ptr, delta_ptr, words_ptr,
+    stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, stride_dm,
+    n_tokens, n_heads, scale, threshold, delta_scale, grad_scale,
+    IS_CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries. Leaves what the kernel of dk and dv needs of each query and head: delta,
+    the sum of dout * out, and the words that dropout follows from."""
+    head, row, start, length, key_start, key_length = _tile(tiles_ptr, n_heads)
+    if row >= length:
+        return
+    q_ptr += start * stride_qm + head * stride_qh
+    k_ptr += key_start * stride_km + head * stride_kh
+    v_ptr += key_start * stride_vm + head * stride_vh
+    out_offset = (start * n_heads + head) * HEAD_DIM
+    rows = row + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    of_row = head.to(tl.int64) * n_tokens + start + rows
+    row_mask = rows < length
+
+    q = _load(q_ptr, row, length, stride_qm, BLOCK_M, HEAD_DIM, BLOCK_D)
+    stride_out = n_heads * HEAD_DIM
+    dout = _load(dout_ptr + out_offset, row, length, stride_out, BLOCK_M, HEAD_DIM, BLOCK_D)
+    out = _load(out_ptr + out_offset, row, length, stride_out, BLOCK_M, HEAD_DIM, BLOCK_D)
+    lse = tl.load(lse_ptr + of_row, mask=row_mask, other=float("inf"))
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1) * delta_scale
+    tl.store(delta_ptr + of_row, delta, mask=row_mask)
+    if HAS_DROPOUT:
+        first, second = row_words(tl.load(seed_ptr), start + rows, head)
+        words_ptr += of_row
+        tl.store(words_ptr, first.to(tl.int32, bitcast=True), mask=row_mask)
+        words_ptr += n_heads.to(tl.int64) * n_tokens
+        tl.store(words_ptr, second.to(tl.int32, bitcast=True), mask=row_mask)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    stop = key_length  # of the keys that some query sees
+    clear = key_length  # of those that all queries see
+    if IS_CAUSAL:
+        stop = tl.minimum(key_length, row + BLOCK_M + key_length - length)
+        clear = tl.minimum(key_length, row + 1 + key_length - length)
+
+    for key in range(0, stop, BLOCK_N):
+        k = _load(k_ptr, key, key_length, stride_km, BLOCK_N, HEAD_DIM, BLOCK_D)
+        v = _load(v_ptr, key, key_length, stride_vm, BLOCK_N, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        if key + BLOCK_N > clear:
+            seen = (cols < key_length - key)[None, :]
+            if IS_CAUSAL:
+                seen = seen & (cols[None, :] <= (rows + (key_length - length - key))[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        weights = tl.exp2(scores * scale - lse[:, None])
+        if HAS_DROPOUT:
+            kept = is_kept(first[:, None], second[:, None], (key + cols)[None, :], threshold)
+            dweights = tl.where(kept, dweights, 0.0)
+        dscores = weights * (dweights - delta[:, None])
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    dq_ptr += start * stride_dm + head * HEAD_DIM
+    _store(dq_ptr, dq * grad_scale, row, length, stride_dm, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+@jit("n_tokens", "threshold")
+def _attention_dkv_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, tiles_ptr, delta_ptr, words_ptr,
+    dk_ptr, dv_ptr,
+    stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, stride_dm,
+    n_tokens, n_heads, scale, threshold, keep_scale, grad_scale,
+    IS_CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys. Scores are (keys, queries): what is multiplied next stays in registers."""
+    head, row, key_start, key_length, start, length = _tile(tiles_ptr, n_heads)
+    if row >= key_length:
+        return
+    q_ptr += start * stride_qm + head * stride_qh
+    k_ptr += key_start * stride_km + head * stride_kh
+    v_ptr += key_start * stride_vm + head * stride_vh
+    dout_ptr += (start * n_heads + head) * HEAD_DIM
+    keys = row + tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK_M)
+    of_query = head.to(tl.int64) * n_tokens + start
+
+    k = _load(k_ptr, row, key_length, stride_km, BLOCK_N, HEAD_DIM, BLOCK_D)
+    v = _load(v_ptr, row, key_length, stride_vm, BLOCK_N, HEAD_DIM, BLOCK_D)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    begin = 0  # the first block with a query that sees a key
+    if IS_CAUSAL:
+        begin = tl.maximum(row + length - key_length, 0) // BLOCK_M * BLOCK_M
+
+    for query in range(begin, length, BLOCK_M):
+        q = _load(q_ptr, query, length, stride_qm, BLOCK_M, HEAD_DIM, BLOCK_D)
+        dout = _load(dout_ptr, query, length, n_heads * HEAD_DIM, BLOCK_M, HEAD_DIM, BLOCK_D)
+        mask = cols < length - query
+        lse = tl.load(lse_ptr + of_query + query + cols, mask=mask, other=float("inf"))
+        delta = tl.load(delta_ptr + of_query + query + cols, mask=mask, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        weights = tl.exp2(scores * scale - lse[None, :])
+        if IS_CAUSAL:  # noqa: SIM102
+            if row + BLOCK_N > query + 1 + key_length - length:
+                seen = keys[:, None] <= (query + cols + (key_length - length))[None, :]
+                weights = tl.where(seen, weights, 0.0)
+        dropped = weights
+        if HAS_DROPOUT:
+            word_ptr = words_ptr + of_query + query + cols
+            first = tl.load(word_ptr, mask=mask, other=0)
+            second = tl.load(word_ptr + n_heads.to(tl.int64) * n_tokens, mask=mask, other=0)
+            first, second = first.to(tl.uint32, bitcast=True), second.to(tl.uint32, bitcast=True)
+            kept = is_kept(first[None, :], second[None, :], keys[:, None], threshold)
+            dropped = tl.where(kept, weights, 0.0)
+            dweights = tl.where(kept, dweights, 0.0)
+        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dscores = weights * (dweights - delta[None, :])
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    offset = key_start * stride_dm + head * HEAD_DIM
+    _store(dk_ptr + offset, dk * grad_scale, row, key_length, stride_dm, BLOCK_N, HEAD_DIM, BLOCK_D)
+    _store(dv_ptr + offset, dv * keep_scale, row, key_length, stride_dm, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+@jit("n_tokens", "threshold")
+def _attention_short_bwd_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, tiles_ptr, seed_ptr,
+    dq_ptr, dk_ptr, dv_ptr,
+    stride_qm, stride_qh, stride_km, stride_kh, stride_vm, stride_vh, stride_dm,
+    n_tokens, n_heads, scale, threshold, keep_scale, grad_scale,
+    IS_CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A sequence, whose queries and keys are at most BLOCK. Scores are (keys, queries)."""
+    head, _, start, length, key_start, key_length = _tile(tiles_ptr, n_heads)
+    q_ptr += start * stride_qm + head * stride_qh
+    k_ptr += key_start * stride_km + head * stride_kh
+    v_ptr += key_start * stride_vm + head * stride_vh
+    dout_ptr += (start * n_heads + head) * HEAD_DIM
+    rows = tl.arange(0, BLOCK)
+
+    q = _load(q_ptr, 0, length, stride_qm, BLOCK, HEAD_DIM, BLOCK_D)
+    k = _load(k_ptr, 0, key_length, stride_km, BLOCK, HEAD_DIM, BLOCK_D)
+    v = _load(v_ptr, 0, key_length, stride_vm, BLOCK, HEAD_DIM, BLOCK_D)
+    dout = _load(dout_ptr, 0, length, n_heads * HEAD_DIM, BLOCK, HEAD_DIM, BLOCK_D)
+    lse_ptr += head.to(tl.int64) * n_tokens + start
+    lse = tl.load(lse_ptr + rows, mask=rows < length, other=float("inf"))
+
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    seen = (rows < key_length)[:, None]
+    if IS_CAUSAL:
+        seen = seen & (rows[:, None] <= (rows + (key_length - length))[None, :])
+    weights = tl.exp2(tl.where(seen, scores, float("-inf")) * scale - lse[None, :])
+    dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    dropped = weights
+    if HAS_DROPOUT:
+        first, second = row_words(tl.load(seed_ptr), start + rows, head)
+        kept = is_kept(first[None, :], second[None, :], rows[:, None], threshold)
+        dropped = tl.where(kept, weights, 0.0)
+        dweights = tl.where(kept, dweights, 0.0)
+    dv = tl.dot(dropped.to(dout.dtype), dout, input_precision=PRECISION)
+    delta = tl.sum(weights * dweights, 0)
+    dscores = (weights * (dweights - delta[None, :])).to(q.dtype)
+    dk = tl.dot(dscores, q, input_precision=PRECISION)
+    dq = tl.dot(tl.trans(dscores), k, input_precision=PRECISION)
+
+    offset = key_start * stride_dm + head * HEAD_DIM
+    _store(dv_ptr + offset, dv * keep_scale, 0, key_length, stride_dm, BLOCK, HEAD_DIM, BLOCK_D)
+    _store(dk_ptr + offset, dk * grad_scale, 0, key_length, stride_dm, BLOCK, HEAD_DIM, BLOCK_D)
+    dq_ptr += start * stride_dm + head * HEAD_DIM
+    _store(dq_ptr, dq * grad_scale, 0, length, stride_dm, BLOCK, HEAD_DIM, BLOCK_D)
+
+
+# What the operations take: q, k, v (n_tokens, n_heads, head_dim), or q is qkv (n_tokens, 3,
+# n_heads, head_dim) and k and v are None; the bounds of queries and of keys; seed (1,) int64, None
+# without dropout; tiles of a schedule, made when None. out: (n_tokens, n_heads, head_dim). lse:
+# (n_heads, n_tokens) float32, the logarithm to base 2 of what weights are divided by, inf where
+# that is zero.
+
+
+@torch.library.custom_op("fastbert::attention", mutates_args=())
+def _attention_op(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    seed: Tensor | None,
+    causal: bool,
+    dropout_p: float,
+    scale: float,
+    max_seqlen: int,
+    max_seqlen_k: int,
+    query_tiles: Tensor | None,
+    key_tiles: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out and lse."""
+    q, k, v = _three(q, k, v)
+    kernels = _forward if _has_kernel(q, k, scale) else forward_ref
+    return run(
+        "attention", kernels, forward_ref,
+        q, k, v, cu_seqlens, cu_seqlens_k, seed, causal, dropout_p, scale,
+        max_seqlen, max_seqlen_k, query_tiles, key_tiles,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("fastbert::attention_backward", mutates_args=())
+def _attention_backward_op(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    seed: Tensor | None,
+    causal: bool,
+    dropout_p: float,
+    scale: float,
+    max_seqlen: int,
+    max_seqlen_k: int,
+    query_tiles: Tensor | None,
+    key_tiles: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; or of qkv, and two that are empty."""
+    gradients = _empty_gradients(dout, q, k, v)
+    into = _three(gradients[0], *([None, None] if k is None else gradients[1:]))
+    q, k, v = _three(q, k, v)
+    kernels = _backward if _has_kernel(q, k, scale) else backward_ref
+    run(
+        "attention", kernels, backward_ref,
+        q, k, v, dout, out, lse, into, cu_seqlens, cu_seqlens_k, seed, causal, dropout_p, scale,
+        max_seqlen, max_seqlen_k, query_tiles, key_tiles,
+    )  # fmt: skip
+    return gradients
+
+
+@_attention_op.register_fake
+def _(q, k, v, *args):
+    n_tokens, *heads = q.shape if k is not None else (q.shape[0], *q.shape[2:])
+    return q.new_empty(n_tokens, *heads), q.new_empty(heads[0], n_tokens, dtype=torch.float32)
+
+
+@_attention_backward_op.register_fake
+def _empty_gradients(dout, q, k, v, *args):
+    if k is None:
+        return q.new_empty(q.shape), q.new_empty(0), q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens, cu_seqlens_k, seed, *ctx.numbers, query_tiles, key_tiles = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_k, seed, query_tiles, key_tiles)
+
+
+def _differentiate(ctx, dout, dlse):
+    *tensors, query_tiles, key_tiles = ctx.saved_tensors
+    dq, dk, dv = _attention_backward_op(dout, *tensors, *ctx.numbers, query_tiles, key_tiles)
+    if tensors[1] is None:
+        dk = dv = None
+    return dq, dk, dv, *[None] * 10
+
+
+_attention_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _three(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
+    return q.unbind(1) if k is None or v is None else (q, k, v)
+
+
+def _has_kernel(q: Tensor, k: Tensor, scale: float) -> bool:
+    return q.shape[-1] in _HEAD_DIMS and scale > 0 and q.numel() > 0 and k.numel() > 0
+
+
+def _constants(x: Tensor, causal: bool, seed: Tensor | None) -> dict[str, Any]:
+    """What each kernel is compiled for."""
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return {
+        "IS_CAUSAL": causal,
+        "HAS_DROPOUT": seed is not None,
+        "PRECISION": precision,
+        "HEAD_DIM": x.shape[-1],
+        "BLOCK_D": next_power_of_2(x.shape[-1]),
+    }
+
+
+def _both_tiles(cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, n_tokens, n_keys):
+    """Tiles for an operation that was given none."""
+    made = schedule(
+        cu_seqlens, max_seqlen, n_tokens,
+        cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k, n_keys=n_keys,
+    )  # fmt: skip
+    return made.query_tiles, made.key_tiles
+
+
+def _forward(
+    q, k, v, cu_seqlens, cu_seqlens_k, seed, causal, dropout_p, scale,
+    max_seqlen, max_seqlen_k, query_tiles, key_tiles,
+):  # fmt: skip
+    q, k, v = rows_of(q), rows_of(k), rows_of(v)
+    n_tokens, n_heads, _ = q.shape
+    out, lse = q.new_empty(q.shape), q.new_empty(n_heads, n_tokens, dtype=torch.float32)
+    if query_tiles is None:
+        lengths = (max_seqlen, max_seqlen_k, n_tokens, len(k))
+        query_tiles, _ = _both_tiles(cu_seqlens, cu_seqlens_k, *lengths)
+    block, launches = _block(max_seqlen, max_seqlen_k), _launches(q)
+    if max_seqlen_k <= launches.most_fwd:
+        kernel = _attention_short_fwd_kernel
+        launch = _Launch(64 if max_seqlen_k <= 64 else 128, block // 16, 1)
+    else:
+        kernel, launch = _attention_fwd_kernel, launches.fwd
+    kernel[(len(query_tiles) * n_heads,)](
+        q, k, v, query_tiles, seed, out, lse,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        n_tokens, n_heads, scale * _LOG2_E, *dropout_arguments(dropout_p),
+        **_constants(q, causal, seed), BLOCK_M=block, BLOCK_N=launch.block,
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def _backward(
+    q, k, v, dout, out, lse, into, cu_seqlens, cu_seqlens_k, seed, causal, dropout_p, scale,
+    max_seqlen, max_seqlen_k, query_tiles, key_tiles,
+):  # fmt: skip
+    q, k, v, dout = rows_of(q), rows_of(k), rows_of(v), dout.to(q.dtype).contiguous()
+    n_tokens, n_heads, _ = q.shape
+    if query_tiles is None:
+        lengths = (max_seqlen, max_seqlen_k, n_tokens, len(k))
+        query_tiles, key_tiles = _both_tiles(cu_seqlens, cu_seqlens_k, *lengths)
+    block, launches = _block(max_seqlen, max_seqlen_k), _launches(q)
+    threshold, keep_scale = dropout_arguments(dropout_p)
+    dq, dk, dv = into
+    # dq's rows are as far apart as those of dk and dv: all are new, or within one.
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], dq.stride(0))
+    numbers = (n_tokens, n_heads, scale * _LOG2_E, threshold)
+    grad_scale, constants = scale * keep_scale, _constants(q, causal, seed)
+    if max(max_seqlen, max_seqlen_k) <= launches.most_bwd:
+        _attention_short_bwd_kernel[(len(query_tiles) * n_heads,)](
+            dout, q, k, v, lse, query_tiles, seed, dq, dk, dv, *strides,
+            *numbers, keep_scale, grad_scale,
+            **constants, BLOCK=block, num_warps=block // 16, num_stages=1,
+        )  # fmt: skip
+        return
+    delta = torch.empty_like(lse)
+    words = None if seed is None else lse.new_empty(2, *lse.shape, dtype=torch.int32)
+    _attention_dq_kernel[(len(query_tiles) * n_heads,)](
+        dout, q, k, v, out, lse, query_tiles, seed, dq, delta, words, *strides,
+        *numbers, 1 - dropout_p, grad_scale,
+        **constants, BLOCK_M=block, BLOCK_N=launches.dq.block,
+        num_warps=launches.dq.num_warps, num_stages=launches.dq.num_stages,
+    )  # fmt: skip
+    _attention_dkv_kernel[(len(key_tiles) * n_heads,)](
+        dout, q, k, v, lse, key_tiles, delta, words, dk, dv, *strides,
+        *numbers, keep_scale, grad_scale,
+        **constants, BLOCK_M=launches.dkv.block, BLOCK_N=block,
+        num_warps=launches.dkv.num_warps, num_stages=launches.dkv.num_stages,
+    )  # fmt: skip
 
 
 @overload
@@ -88,6 +653,8 @@ def attention(
     causal: bool = ...,
     dropout_p: float = ...,
     softmax_scale: float | None = ...,
+    seed: Tensor | None = ...,
+    schedule: Schedule | None = ...,
 ) -> Tensor: ...
 @overload
 def attention(
@@ -101,43 +668,101 @@ def attention(
     causal: bool = ...,
     dropout_p: float = ...,
     softmax_scale: float | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_k: int | None = ...,
+    seed: Tensor | None = ...,
+    schedule: Schedule | None = ...,
 ) -> Tensor: ...
-def attention(*args, causal=False, dropout_p=0.0, softmax_scale=None):
-    """softmax(q k^T * softmax_scale) v within each sequence (Vaswani et al. 2017).
+def attention(
+    *args,
+    causal=False,
+    dropout_p=0.0,
+    softmax_scale=None,
+    cu_seqlens_k=None,
+    max_seqlen_k=None,
+    seed=None,
+    schedule=None,
+):
+    """dropout(softmax(q k^T * softmax_scale)) v within each sequence (Vaswani et al. 2017).
 
     Arguments are (qkv, cu_seqlens, max_seqlen) or (q, k, v, cu_seqlens, max_seqlen).
-    qkv: (n_tokens, 3, n_heads, head_dim). q, k, v: (n_tokens, n_heads, head_dim) of one shape and
-    dtype, any row stride, last axis contiguous. cu_seqlens: (n_seqs + 1,) int32 from 0 to n_tokens.
-    max_seqlen: length of the longest sequence. softmax_scale: head_dim ** -0.5 when None.
-    Returns (n_tokens, n_heads, head_dim).
+    qkv: (n_tokens, 3, n_heads, head_dim), whose gradient is made whole. q: (n_tokens, n_heads,
+    head_dim). k, v: (n_keys, n_heads, head_dim) in the dtype of q. Any strides; only a last axis
+    that is not contiguous is copied. cu_seqlens: (n_seqs + 1,) int32 from 0 to n_tokens.
+    max_seqlen: length of the longest sequence. Both are trusted on a GPU, where they cannot be
+    checked without waiting. cu_seqlens_k, max_seqlen_k: of the keys, where those are of another
+    text. causal: the last query of a sequence sees all its keys, each one before it a key less.
+    A query that sees no key gets zeros. dropout_p: share of the weights set to zero. softmax_scale:
+    head_dim ** -0.5 when None. seed: (1,) int64 on the device of q, drawn when None; a kernel drops
+    by it, plain torch by its own generator. schedule: what `schedule` gives for the batch, which
+    saves making it in each layer. Returns (n_tokens, n_heads, head_dim).
     """
     *tensors, cu_seqlens, max_seqlen = args
+    is_cross = cu_seqlens_k is not None
+    if not is_cross:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
+    _check(tensors, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, is_cross)
+    block = _block(max_seqlen, max_seqlen_k)
+    if schedule is not None and schedule.block != block:
+        raise ValueError(f"schedule must have tiles of {block} rows, got {schedule.block}")
+    dropout_arguments(dropout_p)  # refuses what is no share
+    device = tensors[0].device
+    if torch.is_autocast_enabled(device.type):
+        tensors = [x.to(torch.get_autocast_dtype(device.type)) for x in tensors]
+    q, k, v = _three(*tensors, *[None] * (3 - len(tensors)))
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+
+    # Plain torch asks for the lengths, which what is traced may not: there the operation asks.
+    has_kernel = on_kernel_device(q)
+    if not torch.compiler.is_compiling() and not (has_kernel and _has_kernel(q, k, scale)):
+        return attention_ref(
+            q, k, v, cu_seqlens, max_seqlen, causal=causal, dropout_p=dropout_p,
+            softmax_scale=scale, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k,
+        )  # fmt: skip
+    if not dropout_p:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(device)
+    tiles = (None, None)
+    if schedule is not None:
+        tiles = (schedule.query_tiles, schedule.key_tiles)
+    elif has_kernel:
+        tiles = _both_tiles(cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, len(q), len(k))
+    out, _ = _attention_op(
+        *tensors, *[None] * (3 - len(tensors)), cu_seqlens, cu_seqlens_k, seed, causal, dropout_p,
+        scale, max_seqlen, max_seqlen_k, *tiles,
+    )  # fmt: skip
+    return out
+
+
+def _check(tensors, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, is_cross) -> None:
     if len(tensors) == 1:
         (qkv,) = tensors
         if qkv.dim() != 4 or qkv.shape[1] != 3:
             raise ValueError(
                 f"qkv must be (n_tokens, 3, n_heads, head_dim), got {tuple(qkv.shape)}"
             )
-        tensors = list(qkv.unbind(1))
+        if is_cross:
+            raise ValueError("cu_seqlens_k needs q, k and v, got qkv")
     elif len(tensors) != 3:
         raise TypeError(
             "attention takes (qkv, cu_seqlens, max_seqlen) or (q, k, v, cu_seqlens, max_seqlen), "
-            f"got {len(args)} arguments"
+            f"got {len(tensors) + 2} arguments"
         )
-    q, k, v = tensors
+    q, k, v = _three(*tensors, *[None] * (3 - len(tensors)))
     if q.dim() != 3:
         raise ValueError(f"q must be (n_tokens, n_heads, head_dim), got {tuple(q.shape)}")
+    shape = (k.shape[0], *q.shape[1:]) if is_cross and k.dim() else tuple(q.shape)
     for name, x in (("k", k), ("v", v)):
-        if (x.shape, x.dtype) != (q.shape, q.dtype):
+        if (x.shape, x.dtype, x.device) != (shape, q.dtype, q.device):
             raise ValueError(
-                f"{name} must be as q, {tuple(q.shape)} {q.dtype}, got {tuple(x.shape)} {x.dtype}"
+                f"{name} must be as q, {shape} {q.dtype} on {q.device}, "
+                f"got {tuple(x.shape)} {x.dtype} on {x.device}"
             )
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(
-            "cu_seqlens must be (n_seqs + 1,) int32, "
-            f"got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
-        )
-    return attention_ref(
-        q, k, v, cu_seqlens, max_seqlen,
-        causal=causal, dropout_p=dropout_p, softmax_scale=softmax_scale,
-    )  # fmt: skip
+    pairs = (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k))
+    for name, bounds in pairs:
+        if bounds.dim() != 1 or bounds.dtype != torch.int32 or bounds.device != q.device:
+            raise ValueError(
+                f"{name} must be (n_seqs + 1,) torch.int32 on {q.device}, "
+                f"got {tuple(bounds.shape)} {bounds.dtype} on {bounds.device}"
+            )
