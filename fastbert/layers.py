@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fastbert.config import BertConfig
 from fastbert.inference import LayerPlan, Watch, can_plan, is_plain, run
 from fastbert.kernels._triton import on_kernel_device
-from fastbert.kernels.attention import attention, attention_weights_ref
+from fastbert.kernels.attention import Schedule, attention, attention_weights_ref, schedule
 from fastbert.kernels.embeddings import embed
 from fastbert.kernels.gelu import bias_gelu
 from fastbert.kernels.layer_norm import layer_norm
@@ -87,19 +87,27 @@ class BertSelfAttention(nn.Module):
         self._joined: tuple[Watch, Tensor, Tensor] | None = None
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        weights: list[Tensor] | None = None,
+        schedule: Schedule | None = None,
     ) -> Tensor:
-        """(n_tokens, hidden) to the same. A list given as `weights` gets the attention weights."""
+        """(n_tokens, hidden) to the same. A list given as `weights` gets the attention weights.
+        schedule: of the batch, made where there is none."""
         heads = (self.num_attention_heads, self.attention_head_size)
         linears = (self.query, self.key, self.value)
         dropout_p = _rate(self.dropout)
         if weights is None and on_kernel_device(x) and all(map(_is_plain_linear, linears)):
             qkv = F.linear(x, *self._join()).unflatten(-1, (3, *heads))
-            return attention(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p).flatten(1)
+            out = attention(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p, schedule=schedule)
+            return out.flatten(1)
         q, k, v = (linear(x).unflatten(-1, heads) for linear in linears)
         if weights is not None:
             weights.append(attention_weights_ref(q, k, cu_seqlens, max_seqlen))
-        return attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p).flatten(1)
+        out = attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, schedule=schedule)
+        return out.flatten(1)
 
     def _join(self) -> tuple[Tensor, Tensor]:
         """The three weights and biases as one. Kept for inference until one of them changes."""
@@ -163,9 +171,14 @@ class BertAttention(nn.Module):
         self.output = BertSelfOutput(config)
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        weights: list[Tensor] | None = None,
+        schedule: Schedule | None = None,
     ) -> Tensor:
-        return self.output(self.self(x, cu_seqlens, max_seqlen, weights), x)
+        return self.output(self.self(x, cu_seqlens, max_seqlen, weights, schedule), x)
 
 
 class BertIntermediate(nn.Module):
@@ -191,9 +204,14 @@ class BertLayer(nn.Module):
         self._plan: LayerPlan | None = None
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, weights: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        weights: list[Tensor] | None = None,
+        schedule: Schedule | None = None,
     ) -> Tensor:
-        x = self.attention(x, cu_seqlens, max_seqlen, weights)
+        x = self.attention(x, cu_seqlens, max_seqlen, weights, schedule)
         return self.output(self.intermediate(x), x)
 
     def plan(self) -> LayerPlan | None:
@@ -234,13 +252,15 @@ class BertEncoder(nn.Module):
         """(n_tokens, hidden) to the same. Lists that are given get the states and the weights."""
         if hidden_states is None and weights is None and can_plan(x, self.training):
             return self._infer(x, cu_seqlens, max_seqlen)
+        tiles = schedule(cu_seqlens, max_seqlen, x.shape[0]) if on_kernel_device(x) else None
+        args = (cu_seqlens, max_seqlen, weights, tiles)
         for layer in self.layer:
             if hidden_states is not None:
                 hidden_states.append(x)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cu_seqlens, max_seqlen, weights, use_reentrant=False)
+                x = checkpoint(layer, x, *args, use_reentrant=False)
             else:
-                x = layer(x, cu_seqlens, max_seqlen, weights)
+                x = layer(x, *args)
         if hidden_states is not None:
             hidden_states.append(x)
         return x

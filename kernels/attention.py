@@ -121,11 +121,11 @@ def _tiles(
     sequences = sequences[order]
     n_tiles = (sequences[:, 2] + block - 1) // block
     ends = n_tiles.cumsum(0)
-    most = n_rows // block + len(lengths)
+    most = n_rows // block + lengths.shape[0]
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         most = int(ends[-1])
     tiles = torch.arange(most, device=ends.device)
-    which = torch.searchsorted(ends, tiles, right=True).clamp(max=len(lengths) - 1)
+    which = torch.searchsorted(ends, tiles, right=True).clamp(max=lengths.shape[0] - 1)
     rows = (tiles - (ends - n_tiles)[which]) * block
     return torch.cat([rows[:, None].int(), sequences[which, 1:]], 1)
 
@@ -727,7 +727,9 @@ def attention(
     if schedule is not None:
         tiles = (schedule.query_tiles, schedule.key_tiles)
     elif has_kernel:
-        tiles = _both_tiles(cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, len(q), len(k))
+        tiles = _both_tiles(
+            cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, q.shape[0], k.shape[0]
+        )
     out, _ = _attention_op(
         *tensors, *[None] * (3 - len(tensors)), cu_seqlens, cu_seqlens_k, seed, causal, dropout_p,
         scale, max_seqlen, max_seqlen_k, *tiles,

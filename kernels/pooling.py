@@ -19,7 +19,7 @@ def pool_ref(hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool = Fa
     n_seqs = lengths.numel()
     if mode == "cls":
         rows = F.pad(hidden, (0, 0, 0, 1))  # one more, of zeros, for the empty sequences
-        pooled = rows[torch.where(lengths > 0, cu_seqlens[:-1].long(), len(hidden))]
+        pooled = rows[torch.where(lengths > 0, cu_seqlens[:-1].long(), hidden.shape[0])]
     else:
         row = _sequence_of_each(hidden, lengths)
         # float32 sums: a bfloat16 sum of 500 terms keeps no more than its first two digits
@@ -45,8 +45,8 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _sequence_of_each(hidden: Tensor, lengths: Tensor) -> Tensor:
     """The number of its sequence for each of the tokens."""
-    numbers = torch.arange(len(lengths), device=hidden.device)
-    return torch.repeat_interleave(numbers, lengths, output_size=len(hidden))
+    numbers = torch.arange(lengths.shape[0], device=hidden.device)
+    return torch.repeat_interleave(numbers, lengths, output_size=hidden.shape[0])
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,9 @@ def _backward_ref(dout, hidden, cu_seqlens, out, pooled, counts, mode, normalize
         dout = (dout - pooled / norm * along) / norm
     row = _sequence_of_each(hidden, lengths)
     if mode == "cls":
-        is_first = torch.arange(len(hidden), device=hidden.device) == cu_seqlens[:-1].long()[row]
+        is_first = (
+            torch.arange(hidden.shape[0], device=hidden.device) == cu_seqlens[:-1].long()[row]
+        )
         dhidden = dout[row] * is_first.unsqueeze(1)
     elif mode == "mean":
         dhidden = (dout / lengths.unsqueeze(1))[row]

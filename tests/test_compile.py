@@ -67,7 +67,7 @@ def test_exports(model, device):
         packed = batch(device, *lengths)
         return packed.input_ids, packed.token_type_ids, packed.position_ids, packed.cu_seqlens
 
-    n_tokens, n_bounds = torch.export.Dim("n_tokens", min=2), torch.export.Dim("n_bounds", min=2)
+    n_tokens, n_bounds = torch.export.Dim("n_tokens", min=2), torch.export.Dim("n_bounds", min=3)
     shapes = {0: n_tokens}, {0: n_tokens}, {0: n_tokens}, {0: n_bounds}
     module = Vectors().eval()
     with torch.no_grad():
