@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbert.config import BertConfig
-from fastbert.inference import LayerPlan, can_plan, is_plain, run
+from fastbert.inference import LayerPlan, can_plan, run
 from fastbert.kernels.attention import attention, attention_weights_ref
 from fastbert.kernels.embeddings import embed
 from fastbert.kernels.layer_norm import layer_norm
 from fastbert.kernels.linear import ACTIVATIONS
+from fastbert.watch import is_plain
 
 
 class LayerNorm(nn.LayerNorm):
