@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from fastbert.kernels.attention import attend, runs_of
 from fastbert.kernels.layer_norm import layer_norm
 from fastbert.kernels.linear import Prepacked, can_prepack, native_bfloat16
+from fastbert.watch import Watch, any_global_hooks
 
 # Every number of rows that oneDNN meets costs it 0.5 ms a product the first time and 0.6 MB for
 # good, up to 1,024 of them, and the holes between them keep freed tensors from being used again:
@@ -41,7 +41,7 @@ def can_plan(x: Tensor, training: bool) -> bool:
         or x.shape[0] == 0
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
-        or any(_hooks(nn_module, "_global"))
+        or any_global_hooks()
         or not can_prepack()
     )
 
@@ -74,61 +74,6 @@ def _pieces(bounds: list[int]) -> Iterator[tuple[int, int, list[int]]]:
         if stop > start:
             yield start, stop, [bound - start for bound in bounds[first : last + 1]]
         first = last
-
-
-def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether calling `module` does what the class `kind` says and nothing else."""
-    return (
-        type(module) is kind
-        and "forward" not in module.__dict__
-        and not any(_hooks(module, ""))
-        and not any(_hooks(nn_module, "_global"))
-    )
-
-
-class Watch:
-    """Notices hooks on modules, modules that were exchanged, and parameters that have changed.
-
-    Looked at before every forward, so it holds on to the dicts themselves and only reads them.
-    """
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self.kinds = [(module, type(module)) for module in modules]
-        self.hooks = [hooks for module in modules for hooks in _hooks(module, "")]
-        self.attributes = [module.__dict__ for module in modules]
-        self.children = [(m._modules, n, c) for m in modules for n, c in m._modules.items()]
-        self.parameters = [m._parameters for m in modules if m._parameters]
-        self.state = self.versions()
-        # Kept alive, so that no address is used for another tensor.
-        self.values = [p.detach() for ps in self.parameters for p in ps.values() if p is not None]
-
-    def plain(self) -> bool:
-        """Whether calling the modules does what their classes say in evaluation, nothing else."""
-        return not any(self.hooks) and not any(
-            names["training"] or "forward" in names for names in self.attributes
-        )
-
-    def unchanged(self) -> bool:
-        return (
-            self.plain()
-            and all(type(module) is kind for module, kind in self.kinds)
-            and all(children.get(name) is child for children, name, child in self.children)
-            and self.versions() == self.state
-        )
-
-    def versions(self) -> list[tuple[int, int]]:
-        return [
-            (p.data_ptr(), p._version)
-            for parameters in self.parameters
-            for p in parameters.values()
-            if p is not None
-        ]
-
-
-def _hooks(owner: Any, prefix: str) -> list[dict]:
-    """The dicts in which hooks are registered: on a module, or, "_global", on all of them."""
-    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    return [getattr(owner, f"{prefix}_{kind}") for kind in kinds]
 
 
 class LayerPlan:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbert.config import BertConfig
-from fastbert.inference import LayerPlan, Watch, can_plan, is_plain, run
+from fastbert.inference import LayerPlan, can_plan, run
 from fastbert.kernels._triton import on_kernel_device
 from fastbert.kernels.attention import Schedule, attention, attention_weights_ref, schedule
 from fastbert.kernels.embeddings import embed
 from fastbert.kernels.gelu import bias_gelu
 from fastbert.kernels.layer_norm import layer_norm
 from fastbert.kernels.linear_gelu import linear_gelu
+from fastbert.watch import Watch, is_plain
 
 
 class LayerNorm(nn.LayerNorm):
@@ -84,7 +85,7 @@ class BertSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
-        self._joined: tuple[Watch, Tensor, Tensor] | None = None
+        self._plan: tuple[Watch, Tensor, Tensor] | None = None
 
     def forward(
         self,
@@ -100,7 +101,7 @@ class BertSelfAttention(nn.Module):
         linears = (self.query, self.key, self.value)
         dropout_p = _rate(self.dropout)
         if weights is None and on_kernel_device(x) and all(map(_is_plain_linear, linears)):
-            qkv = F.linear(x, *self._join()).unflatten(-1, (3, *heads))
+            qkv = F.linear(x, *self._joined()).unflatten(-1, (3, *heads))
             out = attention(qkv, cu_seqlens, max_seqlen, dropout_p=dropout_p, schedule=schedule)
             return out.flatten(1)
         q, k, v = (linear(x).unflatten(-1, heads) for linear in linears)
@@ -109,7 +110,7 @@ class BertSelfAttention(nn.Module):
         out = attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p, schedule=schedule)
         return out.flatten(1)
 
-    def _join(self) -> tuple[Tensor, Tensor]:
+    def _joined(self) -> tuple[Tensor, Tensor]:
         """The three weights and biases as one. Kept for inference until one of them changes."""
         linears: list[Any] = [self.query, self.key, self.value]
         weights: list[Tensor] = [linear.weight for linear in linears]
@@ -121,17 +122,17 @@ class BertSelfAttention(nn.Module):
         )
         if not may_keep:
             return torch.cat(weights), torch.cat(biases)
-        if self._joined is None or not self._joined[0].unchanged():
+        if self._plan is None or not self._plan[0].unchanged():
             with torch.inference_mode(False), torch.no_grad():
-                self._joined = Watch([self, *linears]), torch.cat(weights), torch.cat(biases)
-        return self._joined[1:]
+                self._plan = Watch([self, *linears]), torch.cat(weights), torch.cat(biases)
+        return self._plan[1:]
 
     def train(self, mode: bool = True) -> BertSelfAttention:
-        self._joined = None  # also for those who write through .data, which no version shows
+        self._plan = None  # also for those who write through .data, which no version shows
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_joined": None}  # not copied, not pickled: made again when needed
+        return {**self.__dict__, "_plan": None}  # not copied, not pickled: made again when needed
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

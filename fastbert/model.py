@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastbert.config import BertConfig
 from fastbert.files import find_checkpoint
+from fastbert.graphs import Graphs
 from fastbert.inputs import EncoderInputs
 from fastbert.layers import BertEmbeddings, BertEncoder, BertPooler
 from fastbert.outputs import BaseModelOutputWithPooling
@@ -41,7 +42,8 @@ class BertPreTrainedModel(nn.Module):
 
         Reads transformers' folders (safetensors or pytorch_model.bin, in shards or whole, with or
         without a head) and google-research/bert's TensorFlow-1 ones. config: in place of the
-        folder's. dtype: as stored when None. model_arguments: `add_pooling_layer=False`.
+        folder's. dtype: as stored when None. model_arguments: `add_pooling_layer=False`,
+        `cuda_graphs=False`.
         output_loading_info: returns (model, {"missing_keys": [...], "unexpected_keys": [...]}).
 
         A pooler that is not in the file gets fresh weights, and a warning says so. Raises
@@ -102,17 +104,40 @@ class BertModel(BertPreTrainedModel):
     """The encoder (Devlin et al. 2019); names, results and weights are transformers' BertModel's.
 
     config: refused with ValueError when `is_decoder`. add_pooling_layer: False leaves out the dense
-    layer on the first token, and `pooler_output` is None.
+    layer on the first token, and `pooler_output` is None. cuda_graphs: inference on a GPU with at
+    most so many tokens is launched as a CUDA graph, captured when a shape of batch comes back.
+    True: up to 4,096; False: never. `model.cuda_graphs = False` does it later and gives the graphs'
+    memory back.
     """
 
-    def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
+    def __init__(
+        self, config: BertConfig, add_pooling_layer: bool = True, *, cuda_graphs: bool | int = True
+    ) -> None:
         super().__init__(config)
         if config.is_decoder:
             raise ValueError("BertModel is an encoder: is_decoder must be False, got True")
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.cuda_graphs = cuda_graphs
         self.apply(self._init_weights)
+
+    @property
+    def cuda_graphs(self) -> int:
+        """Most tokens of a forward that is launched as a CUDA graph; 0: none is."""
+        return self._graphs.most_tokens
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, most_tokens: bool | int) -> None:
+        self._graphs = Graphs(most_tokens)
+
+    def train(self, mode: bool = True) -> BertModel:
+        self._graphs.clear()  # as the layers' plans, which graphs may read
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BertModel:
+        self._graphs.clear()  # they keep the memory of weights that move
+        return super()._apply(fn, recurse)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word_embeddings
@@ -186,14 +211,11 @@ class BertModel(BertPreTrainedModel):
         want_weights = _or(output_attentions, config.output_attentions)
         states: list[Tensor] | None = [] if want_states else None
         weights: list[Tensor] | None = [] if want_weights else None
+        found = None
         if states is None and weights is None:
-            inputs = inputs.by_length()
-        x = self.embeddings(
-            inputs.input_ids, inputs.token_type_ids, inputs.position_ids, inputs.inputs_embeds
-        )
-        x = self.encoder(x, inputs.cu_seqlens, inputs.max_seqlen, states, weights)
-
-        pooled = self.pooler(inputs.first_tokens(x)) if self.pooler is not None else None
+            found = self._graphs.run(self, inputs)
+            inputs = inputs if found else inputs.by_length()
+        x, pooled = found or self._encode(inputs, states, weights)
         out = BaseModelOutputWithPooling(
             inputs.restore(x),
             pooled,
@@ -201,6 +223,19 @@ class BertModel(BertPreTrainedModel):
             None if weights is None else tuple(map(inputs.restore_weights, weights)),
         )
         return out if _or(return_dict, config.return_dict) else out.to_tuple()
+
+    def _encode(
+        self,
+        inputs: EncoderInputs,
+        states: list[Tensor] | None = None,
+        weights: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(n_tokens, hidden), and what the pooler makes of the first tokens."""
+        x = self.embeddings(
+            inputs.input_ids, inputs.token_type_ids, inputs.position_ids, inputs.inputs_embeds
+        )
+        x = self.encoder(x, inputs.cu_seqlens, inputs.max_seqlen, states, weights)
+        return x, None if self.pooler is None else self.pooler(inputs.first_tokens(x))
 
     def _check_range(self, inputs: EncoderInputs) -> None:
         config = self.config

@@ -65,15 +65,15 @@ def test_joined_projections_follow_their_weights(device):
     def check():
         before = layer(x, cu_seqlens, 5)
         fresh = copy.deepcopy(layer)
-        assert fresh._joined is None
+        assert fresh._plan is None
         torch.testing.assert_close(before, fresh(x, cu_seqlens, 5))
         return before
 
     seen = [check()]
-    assert layer._joined is not None
-    kept = layer._joined[1]
+    assert layer._plan is not None
+    kept = layer._plan[1]
     seen.append(check())
-    assert layer._joined[1] is kept
+    assert layer._plan[1] is kept
     layer.query.weight.mul_(1.5)
     seen.append(check())
     layer.key.weight.data.mul_(1.5)

@@ -1,0 +1,70 @@
+"""Noticing that modules are no longer those that something was made of."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+_version = attrgetter("_version")
+
+
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether calling `module` does what the class `kind` says and nothing else."""
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not any(hooks_of(module, ""))
+        and not any_global_hooks()
+    )
+
+
+def any_global_hooks() -> bool:
+    """Whether there are hooks that all modules run."""
+    return any(hooks_of(nn_module, "_global"))
+
+
+def hooks_of(owner: Any, prefix: str) -> list[dict]:
+    """The dicts in which hooks are registered: on a module, or, "_global", on all of them."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return [getattr(owner, f"{prefix}_{kind}") for kind in kinds]
+
+
+class Watch:
+    """Notices hooks on modules, modules that were exchanged, and parameters that have changed.
+
+    Looked at before every forward, so it holds on to the dicts themselves and only reads them.
+    Parameters made in inference mode have no versions: not for those.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        self.kinds = [type(module) for module in modules]
+        self.hooks = [hooks for module in modules for hooks in hooks_of(module, "")]
+        self.attributes = [module.__dict__ for module in modules]
+        self.children = [(m._modules, n, c) for m in modules for n, c in m._modules.items()]
+        self.parameters = [m._parameters for m in modules if m._parameters]
+        self.state = self.versions()
+        # Kept alive, so that no address is used for another tensor.
+        self.values = [p.detach() for ps in self.parameters for p in ps.values() if p is not None]
+
+    def plain(self) -> bool:
+        """Whether calling the modules does what their classes say in evaluation, nothing else."""
+        return not any(self.hooks) and not any(
+            names["training"] or "forward" in names for names in self.attributes
+        )
+
+    def unchanged(self) -> bool:
+        return (
+            self.plain()
+            and list(map(type, self.modules)) == self.kinds
+            and all(children.get(name) is child for children, name, child in self.children)
+            and self.versions() == self.state
+        )
+
+    def versions(self) -> tuple[list[int], list[int]]:
+        """Where the parameters are, and how often they were written to."""
+        found = [p for ps in self.parameters for p in ps.values() if p is not None]
+        return list(map(Tensor.data_ptr, found)), list(map(_version, found))
