@@ -8,6 +8,10 @@ PYTHON=${PYTHON:-python3}
 raw=$(realpath -m "${RESULTS:-.benchmarks}")
 export RESULTS=${RESULTS:-benchmarks/results} BENCH_SECONDS=${BENCH_SECONDS:-450}
 mkdir -p "$RESULTS" "$raw"
+if ! "$PYTHON" -P -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  echo "gpu.sh: there is no CUDA GPU, or $PYTHON has no torch for it" >&2
+  exit 2
+fi
 
 # What is being measured when the time is over is lost, and nothing else.
 run() { timeout --signal=INT --kill-after=20 "$1" "$PYTHON" -P -m pytest "${@:2}"; }
