@@ -29,7 +29,11 @@ measure() {
 
 part() {
   case $1 in
-    tests) run 530 -q tests/kernels tests/test_model_cuda.py ;;
+    tests)
+      # Several at once where pytest-xdist is there: most of the time is the compiler's.
+      local at_once=()
+      "$PYTHON" -P -c "import xdist" 2> /dev/null && at_once=(-n 4)
+      run 530 -q "${at_once[@]}" tests/kernels tests/test_model_cuda.py ;;
     kernels)
       # shellcheck disable=SC2046
       measure kernels "not bench_gpu" $(grep -l "^def launch_all" benchmarks/bench_*.py) ;;

@@ -136,6 +136,7 @@ def load_transformers(config, state, device, implementation, packed=None, compil
     values = transformers.BertConfig(**config, attn_implementation=implementation)
     with torch.device(device):
         model = transformers.BertModel(values, add_pooling_layer=False)
+    assert model.config._attn_implementation == implementation
     model.to(dtype).eval().load_state_dict(state)
     call = model if compiled is None else torch.compile(model, **compiled)
 

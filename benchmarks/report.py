@@ -114,7 +114,7 @@ def compare(made):
             row["gain"] = row["median_s"] / ours[row["group"]]
         for rate in ("bytes_per_s", "flops_per_s"):
             limit = next((c[rate] for c in ceilings if rate in c), None)
-            if limit and rate in row:
+            if limit and rate in row and row not in ceilings:
                 row["limit_per_s"], row["share"] = limit, row[rate] / limit
 
 
@@ -130,7 +130,7 @@ COLUMNS = {
     "ratio": lambda row: f"{row['ratio']:.2f}" if row["ratio"] and "gain" not in row else "",
     "TFLOP/s": lambda row: f"{row['flops_per_s'] / 1e12:,.0f}",
     "of the ceiling": lambda row: f"{row['share']:.0%}",
-    "fastbert takes 1 /": lambda row: f"{row['gain']:.2f}",
+    "x fastbert's time": lambda row: f"{row['gain']:.2f}",
     "memory": lambda row: f"{row['memory'] / 1e6:,.0f} MB",
     # Rounded down: 100% is all of them.
     "exact": lambda row: f"{math.floor(1000 * row['exact']) / 10:.1f}%",
@@ -306,7 +306,7 @@ def main(path):
         saved = merged(json.loads(out.read_text()), saved)
     out.write_text(json.dumps(saved, indent=1) + "\n")
     print(f"written to {out}")
-    if folder.resolve() == HERE / "results":
+    if folder.resolve() == (HERE / "results").resolve():
         # The machines that have been measured, each by its last run.
         text = tables([json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))])
         readme = HERE / "README.md"
