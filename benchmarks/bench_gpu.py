@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from gpu_peers import (
     EAGER,
+    NO_GRAPHS,
     PADDED_IN,
     PROVIDERS,
     SDPA,
@@ -117,7 +118,9 @@ def time_forward(
 ):  # fmt: skip
     config, state, batch, exact, allowed = workload(model, tuple(lengths), longest)
     made = load(provider, config, state, DEVICE, options)
-    error = relative_error(made.real(made.run(batch), batch)[: len(exact)], exact)
+    for _ in range(3):  # by then CUDA graphs are captured where they will be
+        out = made.run(batch)
+    error = relative_error(made.real(out, batch)[: len(exact)], exact)
     assert error <= allowed, (provider, error, allowed)
     timed(
         lambda: made.run(batch),
@@ -246,7 +249,7 @@ def bench_fill(timed, model, fill, provider):
     time_fill(timed, model, fill, provider)
 
 
-@pytest.mark.parametrize("provider", ["fastbert", SDPA_COMPILED, SDPA, EAGER])
+@pytest.mark.parametrize("provider", ["fastbert", NO_GRAPHS, SDPA_COMPILED, SDPA, EAGER])
 @pytest.mark.parametrize("model", MODELS)
 def bench_latency(timed, provider, model):
     options = {"mode": "reduce-overhead", **COMPILE}  # CUDA graphs

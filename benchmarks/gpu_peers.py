@@ -113,11 +113,13 @@ def packed_implementation(name, attend):
     return name
 
 
-def load_fastbert(config, state, device, from_padded=False):
+def load_fastbert(config, state, device, from_padded=False, graphs=True):
     dtype = next(iter(state.values())).dtype
     with torch.device(device):
         model = fastbert.BertModel(fastbert.BertConfig(**config), add_pooling_layer=False)
     model.to(dtype).eval().load_state_dict(state)
+    if not graphs:
+        model.cuda_graphs = False
 
     def run(batch):
         given = (batch.input_ids, batch.attention_mask) if from_padded else (batch.packed,)
@@ -161,14 +163,14 @@ EAGER, SDPA, SDPA_COMPILED = (
     "transformers eager", "transformers sdpa", "transformers sdpa, compiled",
 )  # fmt: skip
 VARLEN, VARLEN_COMPILED = "packed varlen_attn", "packed varlen_attn, compiled"
-PADDED_IN = "fastbert, padded in and out"
+PADDED_IN, NO_GRAPHS = "fastbert, padded in and out", "fastbert, without graphs"
 PROVIDERS = ("fastbert", EAGER, SDPA, SDPA_COMPILED, VARLEN, VARLEN_COMPILED, "packed flash-attn")
 
 
 def load(provider, config, state, device, options=None):
     """options: torch.compile's, for providers that are compiled."""
     if provider.startswith("fastbert"):
-        return load_fastbert(config, state, device, from_padded=provider == PADDED_IN)
+        return load_fastbert(config, state, device, provider == PADDED_IN, provider != NO_GRAPHS)
     compiled = (options or {}) if provider.endswith(", compiled") else None
     kind, name = provider.removesuffix(", compiled").split()
     packed = variable_length(name) if kind == "packed" else None
