@@ -1,4 +1,5 @@
 # make demo: see it work.  make test: run the tests.  make bench: measure it against others.
+# make bench-gpu-PART: one of tests, inference, training, kernels, fills, sizes on a CUDA GPU.
 # make compile-report: what compilers make of the kernels, for five GPUs, without one.
 # make sanitize, fuzz, fuzz-call, cross: try to break the tokenizer.
 PYTHON ?= python3
@@ -11,9 +12,15 @@ demo: .venv/installed-demo
 test: .venv/installed-test
 	.venv/bin/pytest
 
+# With a GPU that first, then the CPU as if there was none.
+HAS_GPU := $(RUN) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 bench: .venv/installed-bench
-	.venv/bin/pytest benchmarks --benchmark-json=.benchmarks/run.json
-	$(RUN) benchmarks/report.py .benchmarks/run.json
+	if $(HAS_GPU); then PYTHON=.venv/bin/python benchmarks/gpu.sh; fi
+	CUDA_VISIBLE_DEVICES= .venv/bin/pytest benchmarks --benchmark-json=.benchmarks/run.json
+	CUDA_VISIBLE_DEVICES= $(RUN) benchmarks/report.py .benchmarks/run.json
+
+bench-gpu-%: .venv/installed-bench
+	PYTHON=.venv/bin/python benchmarks/gpu.sh $*
 
 lint: .venv/installed-test .venv/installed-lint
 	.venv/bin/ruff check

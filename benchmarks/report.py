@@ -1,10 +1,18 @@
-"""pytest-benchmark's JSON to a results file and a table: `report.py RUN.json`."""
+"""pytest-benchmark's JSON to a results file and tables: `report.py RUN.json...`.
+
+On a GPU the parts of the suite come one by one: a group of rows replaces the one of that name in
+the GPU's file. What is written elsewhere, by RESULTS=FOLDER on another machine, is taken in
+with `report.py FOLDER/GPU.json`.
+"""
 
 import json
 import math
+import os
 import platform
 import re
+import subprocess
 import sys
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +22,7 @@ import torch
 HERE = Path(__file__).parent
 BASELINE = ("transformers sdpa", "a call a sequence", "tokenizers", "one thread")
 MARKS = "<!-- {} of the table made by report.py -->"
+GPU_MARKS = "<!-- {} of the GPU tables made by report.py -->"
 
 
 def machine():
@@ -22,18 +31,25 @@ def machine():
     info = Path("/proc/cpuinfo")
     if info.is_file():
         cpu = re.search(r"model name\s*: (.*)", info.read_text())[1]
+    gpu = {"gpu": None}
+    if torch.cuda.is_available():
+        gpu = {"gpu": torch.cuda.get_device_name(), "driver": driver(), "cuda": torch.version.cuda}
     packages = (
-        "torch",
-        "triton",
-        "transformers",
-        "sentence-transformers",
-        "onnxruntime",
-        "ctranslate2",
-        "tokenizers",
-        "tokie",
-        "flash-tokenizer",
-        "blingfire",
-        "tensorflow-text",
+        ("torch", "triton", "transformers", "flash-attn")
+        if gpu["gpu"]
+        else (
+            "torch",
+            "triton",
+            "transformers",
+            "sentence-transformers",
+            "onnxruntime",
+            "ctranslate2",
+            "tokenizers",
+            "tokie",
+            "flash-tokenizer",
+            "blingfire",
+            "tensorflow-text",
+        )
     )
     versions = {}
     for name in packages:
@@ -46,15 +62,27 @@ def machine():
         "capability": torch.backends.cpu.get_cpu_capability(),
         "native bfloat16": torch.cpu._is_avx512_bf16_supported(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **gpu,
         "python": platform.python_version(),
         **versions,
         "date": date.today().isoformat(),
     }
 
 
-def rows(run):
-    """One dict a benchmark, with its ratio to the baseline of its group."""
+def driver():
+    """The NVIDIA driver's version."""
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(asked, text=True).split()[0]
+    return "unknown"
+
+
+def rows(run, on_gpu=False):
+    """One dict a benchmark, with its ratio to the baseline of its group.
+
+    On a GPU: with how much longer it takes than fastbert does, and its share of the ceiling that
+    the same run measured.
+    """
     made = []
     for bench in run["benchmarks"]:
         stats, extra = bench["stats"], bench["extra_info"]
@@ -65,14 +93,29 @@ def rows(run):
         for name in ("median", "min", "max"):
             row[f"{name}_s"] = stats[name] / extra.get("calls", 1)
         row["rounds"] = stats["rounds"]
-        for name in ("tokens", "bytes"):
+        for name in ("tokens", "bytes", *["flops"] * on_gpu):
             if name in extra:
                 row[f"{name}_per_s"] = extra[name] / stats["median"]
     base = {r["group"]: r["median_s"] for r in made if r["provider"] in BASELINE and "rounds" in r}
     for row in made:
         timed = row["group"] in base and "rounds" in row
         row["ratio"] = base[row["group"]] / row["median_s"] if timed else None
+    if on_gpu:
+        compare(made)
     return made
+
+
+def compare(made):
+    """Put in the ratio to fastbert, and the share of the limit: of products, else of a copy."""
+    ceilings = [row for row in made if row["group"] == "ceilings"]
+    ours = {row["group"]: row["median_s"] for row in made if row["provider"] == "fastbert"}
+    for row in made:
+        if row["group"] in ours:
+            row["gain"] = row["median_s"] / ours[row["group"]]
+        for rate in ("bytes_per_s", "flops_per_s"):
+            limit = next((c[rate] for c in ceilings if rate in c), None)
+            if limit and rate in row and row not in ceilings:
+                row["limit_per_s"], row["share"] = limit, row[rate] / limit
 
 
 def seconds(value):
@@ -84,7 +127,10 @@ COLUMNS = {
     "MB/s": lambda row: f"{row['bytes_per_s'] / 1e6:,.1f}",
     "median": lambda row: seconds(row["median_s"]),
     "min to max": lambda row: f"{seconds(row['min_s'])} to {seconds(row['max_s'])}",
-    "ratio": lambda row: f"{row['ratio']:.2f}" if row["ratio"] else "",
+    "ratio": lambda row: f"{row['ratio']:.2f}" if row["ratio"] and "gain" not in row else "",
+    "TFLOP/s": lambda row: f"{row['flops_per_s'] / 1e12:,.0f}",
+    "of the ceiling": lambda row: f"{row['share']:.0%}",
+    "x fastbert's time": lambda row: f"{row['gain']:.2f}",
     "memory": lambda row: f"{row['memory'] / 1e6:,.0f} MB",
     # Rounded down: 100% is all of them.
     "exact": lambda row: f"{math.floor(1000 * row['exact']) / 10:.1f}%",
@@ -114,29 +160,161 @@ def table(results):
     return "\n".join(line.rstrip() for line in lines)
 
 
+def gain(group, peer):
+    return "{:.2f}x", lambda rows: rows[group, peer]["gain"]
+
+
+def share(*groups):
+    return "{:.0%}", lambda rows: min(rows[group, "fastbert"]["share"] for group in groups)
+
+
+def milliseconds(group):
+    return "{:.2f} ms", lambda rows: 1e3 * rows[group, "fastbert"]["median_s"]
+
+
+def memory(group, peer):
+    return "{:.0%}", lambda rows: rows[group, "fastbert"]["memory"] / rows[group, peer]["memory"]
+
+
+def speed(group, other):
+    return (
+        "{:.2f}",
+        lambda rows: (
+            rows[group, "fastbert"]["tokens_per_s"] / rows[other, "fastbert"]["tokens_per_s"]
+        ),
+    )
+
+
+def extra(provider, *groups):
+    """What `provider` takes more than fastbert, over all groups."""
+    return (
+        "{:.0%}",
+        lambda rows: (
+            sum(rows[group, provider]["median_s"] for group in groups)
+            / sum(rows[group, "fastbert"]["median_s"] for group in groups)
+            - 1
+        ),
+    )
+
+
+# What issues ask for, by the names of benchmarks' groups: measure, target, stretch, (how it is
+# written, what it is, of {(group, provider): row}; KeyError where that is not measured).
+ATTEND_128, ATTEND_512, ATTEND_BACK = (
+    f"attention {which}"
+    for which in (
+        "forward, d=64, lengths of 128",
+        "forward, d=64, lengths of 512",
+        "backward, d=64, lengths of 512",
+    )
+)
+NORM, NORM_BACK = (
+    [f"layer norm + residual, 1024 columns, dropout {p}, {way}" for p in (0.0, 0.1)]
+    for way in ("forward", "backward")
+)
+LARGE, BASE, MINI = "BERT-large", "BERT-base", "MiniLM-L6-H384"
+UNIFORM, MIXED = (f"forward, lengths to 512, fill {fill}" for fill in (1.0, 0.4))
+STEP, MIXED_STEP = (f"{LARGE}, training step, lengths to 512, fill {fill}" for fill in (1.0, 0.4))
+EAGER, COMPILED = "transformers eager", "transformers sdpa, compiled"
+PACKED, PACKED_COMPILED = "packed varlen_attn", "packed varlen_attn, compiled"
+TARGETS = (
+    (f"{ATTEND_128}, vs varlen_attn", 1.3, 2, gain(ATTEND_128, "varlen_attn")),
+    (f"{ATTEND_512}, vs varlen_attn", 1.15, 1.35, gain(ATTEND_512, "varlen_attn")),
+    (f"{ATTEND_BACK}, vs varlen_attn", 1.15, 1.35, gain(ATTEND_BACK, "varlen_attn")),
+    ("attention dropout's extra cost, lengths of 512, both ways, at most", 0.2, 0.1,
+     extra("fastbert, dropout 0.1", ATTEND_512, ATTEND_BACK)),
+    ("layer norm + residual (+ dropout), forward, share of the copy", 0.85, 0.92, share(*NORM)),
+    ("the same, backward", 0.7, 0.85, share(*NORM_BACK)),
+    (f"{LARGE}, forward, 128 x 512, share of the matmul", 0.7, 0.78, share(f"{LARGE}, {UNIFORM}")),
+    (f"{BASE}, forward, 128 x 512, share of the matmul", 0.65, 0.73, share(f"{BASE}, {UNIFORM}")),
+    (f"{MINI}, forward, 128 x 512, share of the matmul", 0.45, 0.6, share(f"{MINI}, {UNIFORM}")),
+    (f"{BASE}, real tokens/s at fill 0.4 over those at fill 1", 0.92, 0.97,
+     speed(f"{BASE}, {MIXED}", f"{BASE}, {UNIFORM}")),
+    (f"{BASE}, {MIXED}, vs {EAGER}", 5, 7, gain(f"{BASE}, {MIXED}", EAGER)),
+    (f"{BASE}, {MIXED}, vs {COMPILED}", 2.5, 3.2, gain(f"{BASE}, {MIXED}", COMPILED)),
+    (f"{BASE}, {MIXED}, vs {PACKED}", 1.4, 1.7, gain(f"{BASE}, {MIXED}", PACKED)),
+    (f"{BASE}, {MIXED}, vs {PACKED_COMPILED}", 1.15, 1.3,
+     gain(f"{BASE}, {MIXED}", PACKED_COMPILED)),
+    (f"{STEP}, share of the matmul", 0.52, 0.62, share(STEP)),
+    (f"{MIXED_STEP}, vs {EAGER}", 4, 5, gain(MIXED_STEP, EAGER)),
+    (f"{MIXED_STEP}, vs {COMPILED}", 2, 2.5, gain(MIXED_STEP, COMPILED)),
+    (f"{MIXED_STEP}, peak memory over that of {EAGER}, at most", 0.4, 0.25,
+     memory(MIXED_STEP, EAGER)),
+    (f"{LARGE}, 1 x 128, latency, at most", 0.5, 0.33, milliseconds(f"{LARGE}, 1 x 128, latency")),
+    (f"{BASE}, 1 x 128, latency, at most", 0.25, 0.15, milliseconds(f"{BASE}, 1 x 128, latency")),
+    (f"{MINI}, 1 x 128, latency, at most", 0.12, 0.08, milliseconds(f"{MINI}, 1 x 128, latency")),
+)  # fmt: skip
+
+
+def targets(results):
+    """The table of what is aimed at and what was measured."""
+    by_name = {(row["group"], row["provider"]): row for row in results}
+    lines = ["| measure | target | stretch | measured |", "|---|---:|---:|---:|"]
+    for measure, target, stretch, (form, value) in TARGETS:
+        try:
+            measured = form.format(value(by_name))
+        except KeyError:
+            measured = "not measured"
+        lines.append(f"| {measure} | {form.format(target)} | {form.format(stretch)} | {measured} |")
+    return "\n".join(lines) + "\n"
+
+
+def merged(old, new):
+    """Two results of one GPU: the newer of two groups of one name, all that machines differ in."""
+    groups = {row["group"] for row in new["results"]}
+    kept = [row for row in old["results"] if row["group"] not in groups]
+    where = {**old["machine"], **new["machine"]}
+    for name, value in old["machine"].items():
+        if str(where[name]) != str(value):
+            several = str(value).split(" / ")
+            where[name] = " / ".join(dict.fromkeys([*several, str(where[name])]))
+    return {"machine": where, "results": kept + new["results"]}
+
+
 def measured(saved):
     """A results file as text: the machine, and a table of each group."""
     facts = ", ".join(f"{k} {v}" for k, v in saved["machine"].items())
-    return f"Measured on: {facts}.\n{table(saved['results'])}\n"
+    wanted = f"\n{targets(saved['results'])}" if saved["machine"]["gpu"] else ""
+    return f"Measured on: {facts}.\n{wanted}{table(saved['results'])}\n"
+
+
+def between(text, marks, new):
+    """`text` with what is between two marks exchanged."""
+    start, end = marks.format("Start"), marks.format("End")
+    before, _, rest = text.partition(start)
+    return f"{before}{start}\n{new}{end}{rest.partition(end)[2]}"
+
+
+def tables(saved):
+    """The texts for CPUs and for GPUs, of all results files."""
+    cpus = [measured(s) for s in saved if not s["machine"]["gpu"]]
+    gpus = [measured(s) for s in saved if s["machine"]["gpu"]]
+    return "\n".join(cpus), "\n".join(gpus) or f"Nothing is measured yet.\n\n{targets([])}"
 
 
 def main(path):
-    where, results = machine(), rows(json.loads(Path(path).read_text()))
+    saved = json.loads(Path(path).read_text())
+    if "benchmarks" in saved:
+        where = machine()
+        saved = {"machine": where, "results": rows(saved, bool(where["gpu"]))}
+    where = saved["machine"]
     name = re.sub(r"[^a-z0-9]+", "-", (where["gpu"] or f"cpu {where['cpu']}").lower()).strip("-")
-    out = HERE / "results" / f"{name}.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({"machine": where, "results": results}, indent=1) + "\n")
-    # The machines that have been measured, each by its last run.
-    files = sorted(out.parent.glob("*.json"))
-    text = "\n".join(measured(json.loads(file.read_text())) for file in files)
-    readme = HERE / "README.md"
-    start, end = MARKS.format("Start"), MARKS.format("End")
-    before, _, rest = readme.read_text().partition(start)
-    after = rest.partition(end)[2]
-    readme.write_text(f"{before}{start}\n{text}{end}{after}")
-    print(measured({"machine": where, "results": results}))
-    print(f"written to {out} and {readme}")
+    folder = Path(os.environ.get("RESULTS", HERE / "results"))
+    out = folder / f"{name}.json"
+    out.parent.mkdir(exist_ok=True, parents=True)
+    print(measured(saved))
+    if where["gpu"] and out.is_file():
+        saved = merged(json.loads(out.read_text()), saved)
+    out.write_text(json.dumps(saved, indent=1) + "\n")
+    print(f"written to {out}")
+    if folder.resolve() == (HERE / "results").resolve():
+        # The machines that have been measured, each by its last run.
+        text = tables([json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))])
+        readme = HERE / "README.md"
+        new = between(between(readme.read_text(), MARKS, text[0]), GPU_MARKS, text[1])
+        readme.write_text(new)
+        print(f"written to {readme}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for argument in sys.argv[1:]:
+        main(argument)

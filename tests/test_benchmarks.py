@@ -1,0 +1,295 @@
+"""The GPU suite rehearsed on a CPU: small models, made-up times, everything but the speed."""
+
+import importlib.util
+import itertools
+import json
+import re
+from pathlib import Path
+
+import bench_gpu
+import bench_layer_norm
+import gpu_peers
+import pytest
+import report
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+BENCHMARKS = Path(report.__file__).parent
+TINY = {
+    "BERT-large": bench_gpu.shape(2, 64, 2),
+    "BERT-base": bench_gpu.shape(2, 32, 2),
+    "MiniLM-L6-H384": bench_gpu.shape(1, 32, 1),
+}
+
+
+def masked_attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=0.0):
+    """What stands in for varlen_attn, which needs a GPU: all pairs of tokens, most masked."""
+    of_sequence = torch.searchsorted(cu_seqlens, torch.arange(q.shape[0]), right=True)
+    heads = (x.transpose(0, 1) for x in (q, k, v))
+    mask = of_sequence[:, None] == of_sequence
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(0, 1)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The suite with small models on the CPU, and torch.compile switched off."""
+
+    def stand_in(kind):
+        return masked_attention if kind == "varlen_attn" else pytest.skip("no flash-attn")
+
+    changes = dict(
+        DEVICE=torch.device("cpu"), DTYPE=torch.float32, MODELS=TINY, VOCAB=99, TOKENS=1024,
+        MATMUL=8, COPIED=64, N_HEADS=2, N_TRAINED=4,
+    )  # fmt: skip
+    for name, value in changes.items():
+        monkeypatch.setattr(bench_gpu, name, value)
+    monkeypatch.setitem(bench_gpu.COMPILE, "disable", True)
+    for module in (bench_gpu, gpu_peers):
+        monkeypatch.setattr(module, "variable_length", stand_in)
+    caches = (bench_gpu.weights, bench_gpu.workload, bench_gpu.usual_norms)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def cases(function):
+    """What pytest would call it with."""
+    marks = [mark for mark in function.pytestmark if mark.name == "parametrize"]
+    names = [re.split(r",\s*", mark.args[0]) for mark in marks]
+    for values in itertools.product(*(mark.args[1] for mark in marks)):
+        arguments = {}
+        for name, value in zip(names, values, strict=True):
+            arguments |= dict(zip(name, value if len(name) > 1 else [value], strict=True))
+        yield arguments
+
+
+def made_up(runs):
+    """A stopwatch that calls once: fastbert takes 10 ms, a step 1 GB, others double and 3 GB."""
+
+    def timed(function, group, *, provider, alone=False, memory=False, **facts):
+        function()
+        ours = provider == "fastbert"
+        seconds = 0.011 if provider == bench_gpu.DROPOUT else 0.01 if ours else 0.02
+        if memory:
+            facts["memory"] = 1e9 if ours else 3e9
+        stats = dict.fromkeys(("median", "min", "max"), seconds) | {"rounds": 1}
+        extra = {"provider": provider, **facts}
+        runs.append({"group": group, "extra_info": extra, "stats": stats})
+
+    return timed
+
+
+def test_the_suite_fills_every_row_of_the_targets(small):
+    runs = []
+    timed = made_up(runs)
+    bench_gpu.bench_ceiling_matmul(timed)
+    bench_gpu.bench_ceiling_copy(timed)
+    for function, wanted in (
+        (bench_layer_norm.bench_layer_norm, {"hidden": 1024}),
+        (bench_gpu.bench_attention_kernel, {}),
+        (bench_gpu.bench_inference, {}),
+        (bench_gpu.bench_latency, {}),
+        (bench_gpu.bench_training, {}),
+        (bench_gpu.bench_fill, {"model": "MiniLM-L6-H384", "fill": 0.2}),
+        (bench_gpu.bench_length, {"model": "MiniLM-L6-H384", "length": 2048}),
+        (bench_gpu.bench_batch, {"model": "MiniLM-L6-H384", "n_seqs": 8}),
+    ):
+        for arguments in cases(function):
+            if wanted.items() <= arguments.items():
+                try:
+                    function(timed, **arguments)
+                except pytest.skip.Exception:
+                    continue
+    results = report.rows({"benchmarks": runs}, on_gpu=True)
+    text = report.targets(results)
+    assert "not measured" not in text, text
+    lines = text.splitlines()[2:]
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip(" |") for line in lines}
+    assert cells[f"{report.ATTEND_512}, vs varlen_attn"] == "2.00x"
+    assert cells["attention dropout's extra cost, lengths of 512, both ways, at most"] == "10%"
+    assert cells["BERT-base, 1 x 128, latency, at most"] == "10.00 ms"
+    assert re.search(r"peak memory .* \| 33% \|", text)
+    for row in results:
+        if row["group"].startswith("BERT"):
+            assert 0 <= row["padding"] < 1 and row["tokens"] > 0 and row["share"] > 0
+
+
+# By hand: 24 L H^2 + 4 L s H a token, in the issue's numbers 188.7, 654 and 26 million.
+@pytest.mark.parametrize(
+    "model, a_token",
+    [
+        ("BERT-base", 24 * 12 * 768**2 + 4 * 12 * 512 * 768),
+        ("BERT-large", 654_311_424),
+        ("MiniLM-L6-H384", 25_952_256),
+    ],
+)
+def test_flops_of_a_forward(model, a_token):
+    config = bench_gpu.MODELS[model]
+    assert bench_gpu.forward_flops(config, [512, 512]) == 1024 * a_token
+    # Attention is quadratic, the rest is not.
+    more = bench_gpu.forward_flops(config, [1024]) - bench_gpu.forward_flops(config, [512, 512])
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    assert more == 4 * layers * hidden * (1024**2 - 2 * 512**2)
+
+
+def test_flops_of_attention_are_those_that_are_counted():
+    counter = FlopCounterMode(display=False)
+    lengths, heads, dim = [7, 3], 2, 16
+    q, k, v = (torch.randn(10, heads, dim, requires_grad=True) for _ in range(3))
+    forward = bench_gpu.attention_flops(lengths, heads, dim)
+    with counter:
+        for a, b in ((0, 7), (7, 10)):
+            scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b])
+            torch.einsum("hqk,khd->qhd", scores, v[a:b])
+    assert counter.get_total_flops() == forward == (7 * 7 + 3 * 3) * 4 * heads * dim
+    # The scores once more, and two products for each of the forward's two.
+    assert bench_gpu.attention_flops(lengths, heads, dim, backward=True) == 2.5 * forward
+
+
+@pytest.mark.parametrize("fill", [0.2, 0.4, 0.6, 1.0])
+def test_lengths_fill_what_they_should(fill):
+    lengths = bench_gpu.spread(round(128 / fill), 512, fill)
+    assert max(lengths) == 512 and min(lengths) >= 1
+    assert sum(lengths) / (512 * len(lengths)) == pytest.approx(fill, rel=0.01)
+    assert fill == 1 or sorted(lengths) != lengths  # many batches come unsorted
+
+
+TINIEST = {**bench_gpu.shape(2, 64, 4), "vocab_size": 99, "max_position_embeddings": 40}
+
+
+def random_state():
+    """Weights whose biases and norms are not left at zero and one."""
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(BertConfig(**TINIEST), add_pooling_layer=False)
+    return {name: x + 0.1 * torch.randn_like(x) for name, x in model.state_dict().items()}
+
+
+# Compiled in one graph, as on a GPU; what its kernels would be is another matter.
+@pytest.mark.parametrize("compiled", [None, {"backend": "eager", "fullgraph": True}])
+def test_the_packed_peer_is_the_padded_model(compiled):
+    state = random_state()
+    batch = gpu_peers.Batch.of([3, 40, 1, 17], "cpu", 99)
+    packed = gpu_peers.load_transformers(TINIEST, state, "cpu", "test", masked_attention, compiled)
+    padded = gpu_peers.load(gpu_peers.EAGER, TINIEST, state, "cpu")
+    dreal = torch.randn(batch.n_tokens, 64)
+    grads = []
+    for provider in (packed, padded):
+        out = provider.run(batch)
+        assert (out.dim() == 2) is provider.is_packed
+        torch.autograd.backward(out, provider.as_given(dreal, batch))
+        grads.append((provider.real(out, batch), dict(provider.model.named_parameters())))
+    (out, ours), (wanted, theirs) = grads
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+    for name, p in theirs.items():
+        torch.testing.assert_close(ours[name].grad, p.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_what_computes_something_else_is_not_timed(small, monkeypatch):
+    monkeypatch.setattr(gpu_peers, "variable_length", lambda kind: lambda q, k, v, *_: q + k + v)
+    with pytest.raises(AssertionError, match="packed varlen_attn"):
+        bench_gpu.bench_inference(made_up([]), "MiniLM-L6-H384", 1.0, "packed varlen_attn")
+    with pytest.raises(AssertionError, match=r"query\.weight"):
+        bench_gpu.bench_training(made_up([]), "BERT-large", 1.0, "packed varlen_attn")
+
+
+def run_of(group, *providers, **extra):
+    """pytest-benchmark's JSON of one group: (provider, seconds)."""
+    made = [
+        {
+            "group": group,
+            "extra_info": {"provider": provider, **extra},
+            "stats": {"median": seconds, "min": seconds, "max": seconds, "rounds": 5},
+        }
+        for provider, seconds in providers
+    ]
+    return {"benchmarks": made}
+
+
+def test_shares_and_ratios():
+    ceilings = run_of("ceilings", ("8192^3 matmul", 0.5), flops=400.0)["benchmarks"]
+    ceilings += run_of("ceilings", ("large copy", 0.5), bytes=40.0)["benchmarks"]
+    # A round of ten calls.
+    norm = run_of("norm", ("fastbert", 1.0), ("torch", 3.0), bytes=60.0, calls=10)["benchmarks"]
+    model = run_of("model", ("fastbert", 2.0), flops=800.0, tokens=6)["benchmarks"]
+    rows = report.rows({"benchmarks": ceilings + norm + model}, on_gpu=True)
+    by_name = {(row["group"], row["provider"]): row for row in rows}
+    assert by_name["norm", "fastbert"]["median_s"] == 0.1
+    assert by_name["norm", "fastbert"]["share"] == 60 / 80
+    assert by_name["norm", "torch"]["gain"] == pytest.approx(3)
+    assert by_name["norm", "torch"]["share"] == 20 / 80
+    assert by_name["model", "fastbert"]["share"] == 400 / 800
+    assert by_name["model", "fastbert"]["tokens_per_s"] == 3
+    text = report.table(rows)
+    assert "| torch |" in text and "| 25% | 3.00 |" in text
+    # On a CPU nothing of this is there.
+    row = report.rows({"benchmarks": norm})[0]
+    assert "share" not in row and "gain" not in row
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU for the report, and a folder of results."""
+    where = {"gpu": "NVIDIA H200", "driver": "1.2", "date": "2026-01-01"}
+    monkeypatch.setattr(report, "machine", lambda: dict(where))
+    monkeypatch.setenv("RESULTS", str(tmp_path / "results"))
+    return where
+
+
+def test_parts_go_to_one_file(gpu, tmp_path, capsys):
+    readme = (BENCHMARKS / "README.md").read_text()
+    first, again = tmp_path / "first.json", tmp_path / "again.json"
+    runs = run_of("a", ("fastbert", 1.0), ("torch", 2.0))["benchmarks"]
+    first.write_text(
+        json.dumps({"benchmarks": runs + run_of("b", ("fastbert", 1.0))["benchmarks"]})
+    )
+    again.write_text(json.dumps(run_of("a", ("fastbert", 3.0))))
+    report.main(first)
+    gpu.update(date="2026-01-02")
+    report.main(again)
+    out = tmp_path / "results/nvidia-h200.json"
+    saved = json.loads(out.read_text())
+    assert saved["machine"]["date"] == "2026-01-01 / 2026-01-02"
+    assert saved["machine"]["gpu"] == "NVIDIA H200"
+    rows = {(row["group"], row["provider"]): row["median_s"] for row in saved["results"]}
+    assert rows == {("b", "fastbert"): 1.0, ("a", "fastbert"): 3.0}  # the old group is gone whole
+    report.main(out)  # as brought back from another machine: changes nothing
+    assert json.loads(out.read_text()) == saved
+    assert (BENCHMARKS / "README.md").read_text() == readme
+    assert "| fastbert |" in capsys.readouterr().out
+
+
+def test_readme_is_what_report_makes_of_the_results():
+    saved = [json.loads(file.read_text()) for file in sorted(BENCHMARKS.glob("results/*.json"))]
+    text = (BENCHMARKS / "README.md").read_text()
+    cpus, gpus = report.tables(saved)
+    n_gpus = sum(s["machine"]["gpu"] is not None for s in saved)
+    counts = [tables.count("Measured on: ") for tables in (cpus, gpus)]
+    assert counts == [len(saved) - n_gpus, n_gpus] and counts[0] > 0
+    assert report.between(report.between(text, report.MARKS, cpus), report.GPU_MARKS, gpus) == text
+    for marks in (report.MARKS, report.GPU_MARKS):
+        assert text.count(marks.format("Start")) == text.count(marks.format("End")) == 1
+
+
+def test_every_benchmark_is_in_one_part_of_the_suite():
+    words = re.findall(r'measure \w+ "(bench_[\w ]+)"', (BENCHMARKS / "gpu.sh").read_text())
+    chosen = sorted(name for part in words for name in part.split(" or "))
+    assert chosen == sorted(
+        name
+        for name in vars(bench_gpu)
+        if name.startswith("bench_") and not name.startswith("bench_ceiling")
+    )
+
+
+def test_stopwatch_plans_rounds():
+    spec = importlib.util.spec_from_file_location("stopwatch", BENCHMARKS / "conftest.py")
+    stopwatch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stopwatch)
+    assert stopwatch.plan(20e-6) == (500, 100)  # 500 launches to one wait, a second in all
+    assert stopwatch.plan(20e-6, alone=True) == (1, 200)
+    assert stopwatch.plan(0.1) == (1, 10) and stopwatch.plan(3.0) == (1, 5)
+    calls = []
+    assert 0 < stopwatch.pace(lambda: calls.append(0), seconds=0.01) < 0.01 and len(calls) > 2
