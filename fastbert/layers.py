@@ -122,10 +122,12 @@ class BertSelfAttention(nn.Module):
         )
         if not may_keep:
             return torch.cat(weights), torch.cat(biases)
-        if self._plan is None or not self._plan[0].unchanged():
+        plan = self._plan  # other threads may run the same layer
+        if plan is None or not plan[0].unchanged():
             with torch.inference_mode(False), torch.no_grad():
-                self._plan = Watch([self, *linears]), torch.cat(weights), torch.cat(biases)
-        return self._plan[1:]
+                plan = Watch([self, *linears]), torch.cat(weights), torch.cat(biases)
+            self._plan = plan
+        return plan[1:]
 
     def train(self, mode: bool = True) -> BertSelfAttention:
         self._plan = None  # also for those who write through .data, which no version shows
