@@ -45,7 +45,6 @@ _LAUNCHES = (
     (512, _Launch(8, 4), _Launch(4, 4)),
     (1024, _Launch(4, 4), _Launch(2, 4)),
     (4096, _Launch(1, 8), _Launch(1, 8)),
-    (8192, _Launch(1, 16), _Launch(1, 16)),
 )
 # Programs of the backward, each of which sums what its rows give to weight and bias: four for each
 # processor of an H200.
