@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from bench_encoder import lognormal
 
-from fastbert.kernels.attention import attention_ref
+from fastbert.kernels.attention import attention, attention_ref
 
 N_HEADS, HEAD_DIM = 12, 32
 
@@ -73,3 +73,15 @@ def bench_attention(timed, provider, n_seqs, mean):
             padding=1 - sum(lengths) / (n_seqs * max(lengths)),
             flops=sum(4 * n * n * N_HEADS * HEAD_DIM for n in lengths),
         )
+
+
+def launch_all(dtype):
+    """Every kernel with every launch row and flag."""
+    for head_dim in (32, 64, 128):
+        for length in (48, 112, 240):  # one tile of 64, one of 128, several
+            cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+            for causal in (False, True):
+                for dropout_p in (0.0, 0.1):
+                    qkv = torch.zeros(length, 3, 2, head_dim, dtype=dtype, requires_grad=True)
+                    out = attention(qkv, cu_seqlens, length, causal=causal, dropout_p=dropout_p)
+                    out.sum().backward()

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from accuracy import assert_as_accurate
+from accuracy import KERNEL_DTYPES, assert_as_accurate, assert_matches
 
-from fastbert.kernels.attention import attention, attention_weights_ref
+from fastbert.kernels.attention import attention, attention_ref, attention_weights_ref
 
 # Out of order, equal neighbours, a length of one, an empty sequence.
 LENGTHS = [7, 3, 3, 1, 0, 12, 40]
@@ -24,7 +24,7 @@ def naive(q, k, v, cu_seqlens, causal, scale):
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("causal, scale", [(False, None), (True, None), (False, 0.5)])
 def test_matches_the_formula(dtype, causal, scale):
     cu_seqlens = cu(LENGTHS)
@@ -97,3 +97,22 @@ def test_weights_are_those_that_are_applied():
 def test_refuses(change, message):
     with pytest.raises(ValueError, match=message):
         attention(*change(torch.randn(9, 2, 8)))
+
+
+# In one tile of 64, in one of 128, around the edge of it, in several.
+@pytest.mark.parametrize(
+    "lengths", [[7, 0, 1, 64], [63, 65], [127, 128], [129, 3], [300, 5]], ids=str
+)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_kernels_match_the_formula(lengths, causal, dtype, device):
+    bounds = cu(lengths).to(device)
+    qkv = torch.randn(sum(lengths), 3, 1, 24, dtype=dtype, device=device)
+
+    def kernel(qkv):
+        return attention(qkv, bounds, max(lengths), causal=causal)
+
+    def reference(qkv):
+        return attention_ref(*qkv.unbind(1), bounds, max(lengths), causal=causal)
+
+    assert_matches(kernel, reference, qkv)
