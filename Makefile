@@ -28,8 +28,9 @@ lint: .venv/installed-test .venv/installed-lint
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h tests/fuzz/*.cpp tests/fuzz/*.h)
 
+CHIPS ?= sm_80 sm_89 sm_90 sm_100 gfx942
 compile-report: .venv/installed-test
-	$(RUN) benchmarks/compile_report.py
+	$(RUN) benchmarks/compile_report.py --chips $(CHIPS)
 
 # Everything of the project that an installation copies or compiles.
 SOURCES := pyproject.toml setup.py requirements/dev.txt $(wildcard csrc/*.cpp csrc/*.h)
