@@ -2,6 +2,7 @@ import pytest
 import torch
 from accuracy import KERNEL_DTYPES, assert_as_accurate, assert_matches
 
+from fastbert.kernels._dropout import is_kept_ref
 from fastbert.kernels.attention import attention, attention_ref, attention_weights_ref
 
 # Out of order, equal neighbours, a length of one, an empty sequence.
@@ -116,3 +117,62 @@ def test_kernels_match_the_formula(lengths, causal, dtype, device):
         return attention_ref(*qkv.unbind(1), bounds, max(lengths), causal=causal)
 
     assert_matches(kernel, reference, qkv)
+
+
+# Empty ones on either side; more keys than one tile, fewer keys than queries.
+@pytest.mark.parametrize(
+    "lengths, key_lengths", [([5, 0, 9], [7, 3, 0]), ([70, 3], [20, 150])], ids=str
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_keys_of_another_text(lengths, key_lengths, causal, device):
+    bounds, key_bounds = cu(lengths).to(device), cu(key_lengths).to(device)
+    q = torch.randn(sum(lengths), 2, 16, device=device)
+    k, v = torch.randn(2, sum(key_lengths), 2, 16, device=device)
+    options = {"causal": causal, "cu_seqlens_k": key_bounds, "max_seqlen_k": max(key_lengths)}
+
+    def kernel(q, k, v):
+        return attention(q, k, v, bounds, max(lengths), **options)
+
+    def reference(q, k, v):
+        return attention_ref(q, k, v, bounds, max(lengths), **options)
+
+    assert_matches(kernel, reference, q, k, v)
+
+
+@pytest.mark.parametrize("lengths", [[40, 9], [100, 3], [150, 20]], ids=str)
+def test_dropout_is_the_same_forward_and_backward(lengths, device):
+    """Against the formula that is given the mask."""
+    bounds, seed, p = cu(lengths).to(device), torch.tensor([2**40 + 7], device=device), 0.3
+    qkv = torch.randn(sum(lengths), 3, 2, 24, device=device)
+
+    def kernel(qkv):
+        return attention(qkv, bounds, max(lengths), dropout_p=p, seed=seed)
+
+    def reference(qkv):
+        out = []
+        for tokens in torch.arange(sum(lengths), device=device).split(lengths):
+            q, k, v = qkv[tokens].unbind(1)
+            weights = (torch.einsum("qhd,khd->hqk", q, k) * 24**-0.5).softmax(-1)
+            keys = tokens - tokens[0]
+            kept = [is_kept_ref(seed, tokens, head, keys, p) for head in range(2)]
+            out.append(torch.einsum("hqk,khd->qhd", weights * torch.stack(kept) / (1 - p), v))
+        return torch.cat(out)
+
+    assert_matches(kernel, reference, qkv)
+
+
+@pytest.mark.parametrize("head_dim", [16, 80, 128])
+def test_head_sizes_and_strides(head_dim, device):
+    """Tensors that are parts of wider ones."""
+    lengths = [33, 70]
+    wide = torch.randn(sum(lengths), 3, 2, head_dim + 8, device=device)
+    q, k, v = wide[..., :head_dim].unbind(1)
+    bounds = cu(lengths).to(device)
+
+    def kernel(q, k, v):
+        return attention(q, k, v, bounds, 70)
+
+    def reference(q, k, v):
+        return attention_ref(q, k, v, bounds, 70)
+
+    assert_matches(kernel, reference, q, k, v)
