@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fastbert.config import BertConfig
     from fastbert.convert import convert
+    from fastbert.drop_in import Acceleration, accelerate, restore
     from fastbert.embed import Embedder
     from fastbert.model import BertModel, BertPreTrainedModel
     from fastbert.packing import PackedBatch, pack, unpack
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fastbert.vocab import train_vocab
 
 _MODULES = {
+    "Acceleration": "drop_in",
     "AddedToken": "tokenizer",
     "BatchEncoding": "tokenizer",
     "BertConfig": "config",
@@ -26,12 +28,15 @@ _MODULES = {
     "BertTokenizer": "tokenizer",
     "Embedder": "embed",
     "PackedBatch": "packing",
+    "accelerate": "drop_in",
     "convert": "convert",
     "pack": "packing",
+    "restore": "drop_in",
     "train_vocab": "vocab",
     "unpack": "packing",
 }
 __all__ = [
+    "Acceleration",
     "AddedToken",
     "BatchEncoding",
     "BertConfig",
@@ -40,8 +45,10 @@ __all__ = [
     "BertTokenizer",
     "Embedder",
     "PackedBatch",
+    "accelerate",
     "convert",
     "pack",
+    "restore",
     "train_vocab",
     "unpack",
 ]

@@ -114,7 +114,7 @@ class LayerPlan:
         if any(p.is_inference() or p.device.type != "cpu" for p in parameters):
             return None  # inference tensors carry no version to tell that they have changed
         watch = Watch(modules)
-        return cls(layer, watch) if watch.plain() else None
+        return cls(layer, watch) if watch.unchanged() else None
 
     def holds(self) -> bool:
         """Whether the layer's modules and weights are still those that were packed."""

@@ -25,6 +25,7 @@ class EncoderInputs:
     padded_shape: tuple[int, int] | None = None  # (n_seqs, length), None when packed was given
     index: Tensor | None = None  # (n_tokens,) where each token was; None: where it is
     order: Tensor | None = None  # (n_seqs,) the sequences' numbers; None: as given
+    starts: bool = True  # whether the first column of every row is a token
 
     @classmethod
     def of_packed(cls, batch: PackedBatch) -> EncoderInputs:
@@ -72,8 +73,8 @@ class EncoderInputs:
         elif tuple(token_type_ids.shape) != shape:
             raise ValueError(f"token_type_ids must be {shape}, got {tuple(token_type_ids.shape)}")
 
+        index, starts = None, True
         if attention_mask is None:
-            index = None
             cu_seqlens = torch.arange(shape[0] + 1, dtype=torch.int32, device=device) * shape[1]
             max_seqlen = shape[1]
         else:
@@ -81,7 +82,9 @@ class EncoderInputs:
                 raise ValueError(
                     f"attention_mask must be {shape}, got {tuple(attention_mask.shape)}"
                 )
-            index, cu_seqlens, max_seqlen = pack_indices(attention_mask, shape)
+            index, cu_seqlens, max_seqlen, starts = pack_indices(attention_mask, shape)
+            if index.numel() == shape[0] * shape[1]:
+                index = None  # nothing is padding
         inputs = cls(
             None if input_ids is None else input_ids.flatten(),
             token_type_ids.flatten(),
@@ -90,8 +93,13 @@ class EncoderInputs:
             cu_seqlens,
             max_seqlen,
             shape,
+            starts=starts,
         )
         return inputs if index is None else inputs._pick(index)
+
+    def with_bounds(self, cu_seqlens: Tensor, max_seqlen: int) -> EncoderInputs:
+        """The same tokens, which are these sequences: of rows that were packed by the caller."""
+        return replace(self, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
 
     def by_length(self) -> EncoderInputs:
         """The same with the sequences sorted by length, on a CPU, where equal ones run as one."""
@@ -137,6 +145,12 @@ class EncoderInputs:
             n_seqs, length = self.padded_shape
             x = x.new_zeros(n_seqs * length, x.shape[1]).index_copy_(0, self.index, x)
         return x.unflatten(0, self.padded_shape)
+
+    def take(self, x: Tensor) -> Tensor:
+        """What `restore` made, packed again."""
+        if self.padded_shape is not None:
+            x = x.flatten(0, 1)
+        return x if self.index is None else x.index_select(0, self.index)
 
     def restore_weights(self, weights: Tensor) -> Tensor:
         """Attention weights, (n_seqs, n_heads, max, max), to the columns that was given."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
@@ -69,7 +70,7 @@ class BertEmbeddings(nn.Module):
         tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
         return (
             all(is_plain(table, nn.Embedding) for table in tables)
-            and is_plain(self.LayerNorm, LayerNorm)
+            and is_plain(self.LayerNorm, (LayerNorm, nn.LayerNorm))
             and is_plain(self.dropout, nn.Dropout)
         )
 
@@ -151,10 +152,14 @@ class _Output(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        x = self.dense(x)
-        if is_plain(self.dropout, nn.Dropout) and type(self.LayerNorm) is LayerNorm:
-            return self.LayerNorm(x, residual, _rate(self.dropout))
-        return self.LayerNorm(self.dropout(x) + residual)
+        x, norm = self.dense(x), self.LayerNorm
+        if not is_plain(self.dropout, nn.Dropout):
+            return norm(self.dropout(x) + residual)
+        if type(norm) is LayerNorm:
+            return norm(x, residual, _rate(self.dropout))
+        if is_plain(norm, nn.LayerNorm):  # in a layer that is borrowed
+            return layer_norm(x, norm.weight, norm.bias, residual, _rate(self.dropout), norm.eps)
+        return norm(self.dropout(x) + residual)
 
 
 class BertSelfOutput(_Output):
@@ -234,7 +239,7 @@ class BertLayer(nn.Module):
 # What a plan knows the arithmetic of; not their subclasses, which may compute something else.
 _PLAIN = (
     BertLayer, BertAttention, BertSelfAttention, BertSelfOutput, BertIntermediate, BertOutput,
-    nn.Linear, LayerNorm, nn.Dropout,
+    nn.Linear, LayerNorm, nn.LayerNorm, nn.Dropout,
 )  # fmt: skip
 
 
@@ -254,7 +259,7 @@ class BertEncoder(nn.Module):
     ) -> Tensor:
         """(n_tokens, hidden) to the same. Lists that are given get the states and the weights."""
         if hidden_states is None and weights is None and can_plan(x, self.training):
-            return self._infer(x, cu_seqlens, max_seqlen)
+            return infer(self.layer, x, cu_seqlens, max_seqlen)
         tiles = schedule(cu_seqlens, max_seqlen, x.shape[0]) if on_kernel_device(x) else None
         args = (cu_seqlens, max_seqlen, weights, tiles)
         for layer in self.layer:
@@ -268,17 +273,19 @@ class BertEncoder(nn.Module):
             hidden_states.append(x)
         return x
 
-    def _infer(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        all_layers: list[Any] = list(self.layer)
-        steps = ((layer, layer.plan()) for layer in all_layers)
-        for dtype, group in groupby(steps, key=lambda step: step[1] and step[1].dtype):
-            layers, planned = zip(*group, strict=True)
-            if dtype is not None:
-                x = run(planned, x, cu_seqlens)
-                continue
-            for layer in layers:
-                x = layer(x, cu_seqlens, max_seqlen)
-        return x
+
+def infer(layers: Iterable[nn.Module], x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Pass (n_tokens, hidden) through BertLayers on a CPU, where `can_plan` holds."""
+    all_layers: list[Any] = list(layers)
+    steps = ((layer, layer.plan()) for layer in all_layers)
+    for dtype, group in groupby(steps, key=lambda step: step[1] and step[1].dtype):
+        some, planned = zip(*group, strict=True)
+        if dtype is not None:
+            x = run(planned, x, cu_seqlens)
+            continue
+        for layer in some:
+            x = layer(x, cu_seqlens, max_seqlen)
+    return x
 
 
 class BertPooler(nn.Module):

@@ -145,7 +145,7 @@ def pack(
     """
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must be (n_seqs, length), got {tuple(input_ids.shape)}")
-    index, cu_seqlens, max_seqlen = pack_indices(attention_mask, input_ids.shape)
+    index, cu_seqlens, max_seqlen, _ = pack_indices(attention_mask, input_ids.shape)
     if token_type_ids is None:
         token_type_ids = torch.zeros_like(input_ids)
     if position_ids is None:
@@ -164,8 +164,9 @@ def pack(
     )
 
 
-def pack_indices(attention_mask: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor, int]:
-    """Where the real tokens of a padded batch are: flat index, cu_seqlens, max_seqlen.
+def pack_indices(attention_mask: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor, int, bool]:
+    """Where the real tokens of a padded batch are: flat index, cu_seqlens, max_seqlen, and whether
+    the first column is real in all rows.
 
     attention_mask: (n_seqs, length) = `shape`, zero at padding. The one place that waits for a GPU.
     """
@@ -179,12 +180,13 @@ def pack_indices(attention_mask: Tensor, shape: Sequence[int]) -> tuple[Tensor, 
     cu_seqlens = torch.zeros(shape[0] + 1, dtype=torch.int32, device=real.device)
     torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
     longest = lengths.max() if lengths.numel() else cu_seqlens[-1]
-    n_tokens, max_seqlen = torch.stack([cu_seqlens[-1], longest]).tolist()
+    first = real[:, :1].all().int()
+    n_tokens, max_seqlen, has_first = torch.stack([cu_seqlens[-1], longest, first]).tolist()
     if real.device.type == "cpu":
         index = real.reshape(-1).nonzero().squeeze(1)
     else:  # nonzero would wait once more
         index = torch.sort(real.reshape(-1), descending=True, stable=True).indices[:n_tokens]
-    return index, cu_seqlens, max_seqlen
+    return index, cu_seqlens, max_seqlen, bool(has_first)
 
 
 def unpack(tensor: Tensor, packed: PackedBatch, total_length: int | None = None) -> Tensor:

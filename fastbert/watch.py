@@ -11,10 +11,10 @@ from torch.nn.modules import module as nn_module
 _version = attrgetter("_version")
 
 
-def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether calling `module` does what the class `kind` says and nothing else."""
+def is_plain(module: nn.Module, kind: type | tuple[type, ...]) -> bool:
+    """Whether calling `module` does what the class `kind`, or one of them, says, nothing else."""
     return (
-        type(module) is kind
+        (type(module) is kind or (isinstance(kind, tuple) and type(module) in kind))
         and "forward" not in module.__dict__
         and not any(hooks_of(module, ""))
         and not any_global_hooks()
@@ -32,11 +32,10 @@ def hooks_of(owner: Any, prefix: str) -> list[dict]:
     return [getattr(owner, f"{prefix}_{kind}") for kind in kinds]
 
 
-class Watch:
-    """Notices hooks on modules, modules that were exchanged, and parameters that have changed.
+class Structure:
+    """Notices hooks on modules, modules that were exchanged, and methods put in place of forward.
 
     Looked at before every forward, so it holds on to the dicts themselves and only reads them.
-    Parameters made in inference mode have no versions: not for those.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
@@ -45,22 +44,37 @@ class Watch:
         self.hooks = [hooks for module in modules for hooks in hooks_of(module, "")]
         self.attributes = [module.__dict__ for module in modules]
         self.children = [(m._modules, n, c) for m in modules for n, c in m._modules.items()]
+
+    def same(self) -> bool:
+        """Whether the modules are those that they were; there may be hooks on them."""
+        return (
+            not any("forward" in names for names in self.attributes)
+            and list(map(type, self.modules)) == self.kinds
+            and all(children.get(name) is child for children, name, child in self.children)
+        )
+
+    def unchanged(self) -> bool:
+        """Whether calling the modules still does what their classes say, nothing else."""
+        return not any(self.hooks) and self.same()
+
+
+class Watch(Structure):
+    """As Structure, in evaluation, and notices parameters that have changed.
+
+    Parameters made in inference mode have no versions: not for those.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__(modules)
         self.parameters = [m._parameters for m in modules if m._parameters]
         self.state = self.versions()
         # Kept alive, so that no address is used for another tensor.
         self.values = [p.detach() for ps in self.parameters for p in ps.values() if p is not None]
 
-    def plain(self) -> bool:
-        """Whether calling the modules does what their classes say in evaluation, nothing else."""
-        return not any(self.hooks) and not any(
-            names["training"] or "forward" in names for names in self.attributes
-        )
-
     def unchanged(self) -> bool:
         return (
-            self.plain()
-            and list(map(type, self.modules)) == self.kinds
-            and all(children.get(name) is child for children, name, child in self.children)
+            not any(names["training"] for names in self.attributes)
+            and super().unchanged()
             and self.versions() == self.state
         )
 
