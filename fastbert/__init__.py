@@ -12,8 +12,18 @@ if TYPE_CHECKING:
     from fastbert.config import BertConfig
     from fastbert.convert import convert
     from fastbert.embed import Embedder
-    from fastbert.model import BertModel, BertPreTrainedModel
+    from fastbert.heads import (
+        BertForMaskedLM,
+        BertForMultipleChoice,
+        BertForNextSentencePrediction,
+        BertForPreTraining,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+    )
+    from fastbert.model import BertModel
     from fastbert.packing import PackedBatch, pack, unpack
+    from fastbert.pretrained import BertPreTrainedModel
     from fastbert.tokenizer import AddedToken, BatchEncoding, BertTokenizer
     from fastbert.vocab import train_vocab
 
@@ -21,8 +31,15 @@ _MODULES = {
     "AddedToken": "tokenizer",
     "BatchEncoding": "tokenizer",
     "BertConfig": "config",
+    "BertForMaskedLM": "heads",
+    "BertForMultipleChoice": "heads",
+    "BertForNextSentencePrediction": "heads",
+    "BertForPreTraining": "heads",
+    "BertForQuestionAnswering": "heads",
+    "BertForSequenceClassification": "heads",
+    "BertForTokenClassification": "heads",
     "BertModel": "model",
-    "BertPreTrainedModel": "model",
+    "BertPreTrainedModel": "pretrained",
     "BertTokenizer": "tokenizer",
     "Embedder": "embed",
     "PackedBatch": "packing",
@@ -35,6 +52,13 @@ __all__ = [
     "AddedToken",
     "BatchEncoding",
     "BertConfig",
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
     "BertModel",
     "BertPreTrainedModel",
     "BertTokenizer",

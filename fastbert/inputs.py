@@ -27,6 +27,23 @@ class EncoderInputs:
     order: Tensor | None = None  # (n_seqs,) the sequences' numbers; None: as given
 
     @classmethod
+    def of(
+        cls,
+        input_ids: Tensor | PackedBatch | EncoderInputs | None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> EncoderInputs:
+        """Of the arguments of a model's forward: padded, packed, or these inputs themselves."""
+        others = (attention_mask, token_type_ids, position_ids, inputs_embeds)
+        if not isinstance(input_ids, (PackedBatch, EncoderInputs)):
+            return cls.of_padded(input_ids, *others)
+        if any(x is not None for x in others):
+            raise ValueError("a PackedBatch holds ids, types, positions: give nothing beside it")
+        return input_ids if isinstance(input_ids, EncoderInputs) else cls.of_packed(input_ids)
+
+    @classmethod
     def of_packed(cls, batch: PackedBatch) -> EncoderInputs:
         return cls(
             batch.input_ids,
@@ -129,13 +146,48 @@ class EncoderInputs:
             return first
         return torch.empty_like(first).index_copy_(0, self.order, first)
 
+    @property
+    def n_seqs(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def n_tokens(self) -> int:
+        return self.position_ids.shape[0]
+
+    @property
+    def given_shape(self) -> tuple[int, ...]:
+        """Of the ids as given: (n_seqs, length), or (n_tokens,) when they were packed."""
+        return self.padded_shape or (self.n_tokens,)
+
+    def pick(self, values: Tensor) -> Tensor:
+        """Values for each token as given, (n_seqs, length) or (n_tokens,), to those of `input_ids`.
+        What stands at padding is not read."""
+        values = values.flatten()
+        return values if self.index is None else values.index_select(0, self.index)
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """(n_tokens, ...) to (n_seqs, length, ...), zeros at padding, on the right when packed."""
+        x = self.restore(x)
+        if self.padded_shape is not None:
+            return x
+        lengths = self.cu_seqlens.diff()
+        if self.order is not None:
+            lengths = torch.empty_like(lengths).index_copy_(0, self.order, lengths)
+        ends = lengths.cumsum(0)
+        rows = torch.arange(self.n_seqs, device=x.device)
+        rows = rows.repeat_interleave(lengths, output_size=x.shape[0])
+        columns = torch.arange(x.shape[0], device=x.device) - (ends - lengths)[rows]
+        out = x.new_zeros(self.n_seqs * self.max_seqlen, *x.shape[1:])
+        out = out.index_copy_(0, rows * self.max_seqlen + columns, x)
+        return out.unflatten(0, (self.n_seqs, self.max_seqlen))
+
     def restore(self, x: Tensor) -> Tensor:
-        """(n_tokens, hidden) to the order and shape that was given, zeros at padding."""
+        """(n_tokens, ...) to the order and shape that was given, zeros at padding."""
         if self.padded_shape is None:
             return x if self.index is None else torch.empty_like(x).index_copy_(0, self.index, x)
         if self.index is not None:
             n_seqs, length = self.padded_shape
-            x = x.new_zeros(n_seqs * length, x.shape[1]).index_copy_(0, self.index, x)
+            x = x.new_zeros(n_seqs * length, *x.shape[1:]).index_copy_(0, self.index, x)
         return x.unflatten(0, self.padded_shape)
 
     def restore_weights(self, weights: Tensor) -> Tensor:

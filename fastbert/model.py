@@ -2,102 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastbert.config import BertConfig
-from fastbert.files import find_checkpoint
 from fastbert.graphs import Graphs
 from fastbert.inputs import EncoderInputs
 from fastbert.layers import BertEmbeddings, BertEncoder, BertPooler
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.packing import PackedBatch
-from fastbert.weights import HEADS, WEIGHTS_NAME, match_tensors, read_tensors, write_tensors
-
-
-class BertPreTrainedModel(nn.Module):
-    """Loading, saving and first weights, alike for every model here."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        config: BertConfig | None = None,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | int | None = None,
-        output_loading_info: bool = False,
-        **model_arguments: Any,
-    ) -> Any:
-        """A model with the weights of a folder or of a model on the Hugging Face hub, in eval mode.
-
-        Reads transformers' folders (safetensors or pytorch_model.bin, in shards or whole, with or
-        without a head) and google-research/bert's TensorFlow-1 ones. config: in place of the
-        folder's. dtype: as stored when None. model_arguments: `add_pooling_layer=False`,
-        `cuda_graphs=False`.
-        output_loading_info: returns (model, {"missing_keys": [...], "unexpected_keys": [...]}).
-
-        A pooler that is not in the file gets fresh weights, and a warning says so. Raises
-        FileNotFoundError where config or weights are not found, and ValueError that names every
-        other tensor that is missing, unexpected or of another shape.
-        """
-        checkpoint = find_checkpoint(name_or_path)
-        config = config or BertConfig.from_file(checkpoint.config_file)
-        if isinstance(dtype, str):
-            dtype = _dtype(dtype)
-        with torch.inference_mode(False):  # weights made in it would be of no use outside it
-            with torch.device("meta"):
-                model = cls(config, **model_arguments)
-            missing, unused = model._load(read_tensors(checkpoint), str(checkpoint.folder))
-            model.to(device=device, dtype=dtype).eval()
-        info = {"missing_keys": missing, "unexpected_keys": unused}
-        return (model, info) if output_loading_info else model
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors, each whole or not at all."""
-        self.config.replace(
-            extra={
-                **self.config.extra,
-                "architectures": [type(self).__name__],
-                "dtype": str(self.dtype).removeprefix("torch."),
-            }
-        ).save_pretrained(folder)
-        write_tensors(self.state_dict(), Path(folder) / WEIGHTS_NAME)
-
-    def _load(self, tensors: dict[str, Tensor], source: str) -> tuple[list[str], list[str]]:
-        raise NotImplementedError
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """BERT's first weights: normal, `initializer_range` wide; zero biases; unit layer norms."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            with torch.no_grad():
-                module.weight[module.padding_idx].zero_()
-        if isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-        if isinstance(module, (nn.Linear, nn.LayerNorm)):
-            nn.init.zeros_(module.bias)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+from fastbert.pretrained import BertPreTrainedModel
 
 
 class BertModel(BertPreTrainedModel):
@@ -138,19 +54,6 @@ class BertModel(BertPreTrainedModel):
     def _apply(self, fn: Any, recurse: bool = True) -> BertModel:
         self._graphs.clear()  # they keep the memory of weights that move
         return super()._apply(fn, recurse)
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.word_embeddings = value
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Keep only each layer's input in training and compute the rest again in the backward."""
-        self.encoder.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.encoder.gradient_checkpointing = False
 
     def forward(
         self,
@@ -193,17 +96,10 @@ class BertModel(BertPreTrainedModel):
             if value is not None:
                 wanted = "a PackedBatch" if name == "cu_seq_lens_q" else "None, as it is an encoder"
                 raise ValueError(f"BertModel wants {wanted} in place of {name}")
-        if isinstance(input_ids, PackedBatch):
-            given = (attention_mask, token_type_ids, position_ids, inputs_embeds)
-            if any(x is not None for x in given):
-                raise ValueError(
-                    "a PackedBatch holds ids, types, positions: give nothing beside it"
-                )
-            inputs = EncoderInputs.of_packed(input_ids)
-        else:
-            inputs = EncoderInputs.of_padded(
-                input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-            )
+        inputs = EncoderInputs.of(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        )
+        of_head = inputs is input_ids  # whose own business it is to put padding back
         self._check_range(inputs)
 
         config = self.config
@@ -214,13 +110,13 @@ class BertModel(BertPreTrainedModel):
         found = None
         if states is None and weights is None:
             found = self._graphs.run(self, inputs)
-            inputs = inputs if found else inputs.by_length()
+            inputs = inputs if found or of_head else inputs.by_length()
         x, pooled = found or self._encode(inputs, states, weights)
         out = BaseModelOutputWithPooling(
-            inputs.restore(x),
+            x if of_head else inputs.restore(x),
             pooled,
-            None if states is None else tuple(map(inputs.restore, states)),
-            None if weights is None else tuple(map(inputs.restore_weights, weights)),
+            hidden_states=None if states is None else tuple(map(inputs.restore, states)),
+            attentions=None if weights is None else tuple(map(inputs.restore_weights, weights)),
         )
         return out if _or(return_dict, config.return_dict) else out.to_tuple()
 
@@ -261,27 +157,6 @@ class BertModel(BertPreTrainedModel):
                     f"got {low if low < 0 else high}"
                 )
 
-    def _load(self, tensors: dict[str, Tensor], source: str) -> tuple[list[str], list[str]]:
-        wanted = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        may_have = HEADS if self.pooler is not None else (*HEADS, "pooler.")
-        chosen, missing, unused = match_tensors(tensors, wanted, ("pooler.",), may_have)
-        self.load_state_dict(chosen, strict=False, assign=True)
-        if missing and self.pooler is not None:
-            self.pooler.to_empty(device="cpu").apply(self._init_weights)
-            warnings.warn(
-                f"{source} has no {', '.join(missing)}: initialised afresh, so pooler_output means "
-                "nothing before training (add_pooling_layer=False leaves it out)",
-                stacklevel=3,
-            )
-        return missing, unused
-
 
 def _or(given: bool | None, default: bool) -> bool:
     return default if given is None else given
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must name a floating dtype such as 'float32', got {name!r}")
-    return dtype
