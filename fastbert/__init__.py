@@ -13,14 +13,13 @@ if TYPE_CHECKING:
     from fastbert.convert import convert
     from fastbert.embed import Embedder
     from fastbert.heads import (
-        BertForMaskedLM,
         BertForMultipleChoice,
         BertForNextSentencePrediction,
-        BertForPreTraining,
         BertForQuestionAnswering,
         BertForSequenceClassification,
         BertForTokenClassification,
     )
+    from fastbert.lm import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
     from fastbert.model import BertModel
     from fastbert.packing import PackedBatch, pack, unpack
     from fastbert.pretrained import BertPreTrainedModel
@@ -31,13 +30,14 @@ _MODULES = {
     "AddedToken": "tokenizer",
     "BatchEncoding": "tokenizer",
     "BertConfig": "config",
-    "BertForMaskedLM": "heads",
+    "BertForMaskedLM": "lm",
     "BertForMultipleChoice": "heads",
     "BertForNextSentencePrediction": "heads",
-    "BertForPreTraining": "heads",
+    "BertForPreTraining": "lm",
     "BertForQuestionAnswering": "heads",
     "BertForSequenceClassification": "heads",
     "BertForTokenClassification": "heads",
+    "BertLMHeadModel": "lm",
     "BertModel": "model",
     "BertPreTrainedModel": "pretrained",
     "BertTokenizer": "tokenizer",
@@ -59,6 +59,7 @@ __all__ = [
     "BertForQuestionAnswering",
     "BertForSequenceClassification",
     "BertForTokenClassification",
+    "BertLMHeadModel",
     "BertModel",
     "BertPreTrainedModel",
     "BertTokenizer",

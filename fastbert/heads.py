@@ -10,9 +10,7 @@ Models that embed these call `bert` with packed tokens, which is what its hooks 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +18,7 @@ from torch import Tensor, nn
 
 from fastbert.config import BertConfig
 from fastbert.inputs import EncoderInputs
-from fastbert.kernels.cross_entropy import linear_cross_entropy
-from fastbert.layers import BertIntermediate, LayerNorm
 from fastbert.losses import (
-    IGNORED,
     Items,
     checked_labels,
     cross_entropy,
@@ -34,8 +29,6 @@ from fastbert.losses import (
 from fastbert.model import BertModel
 from fastbert.outputs import (
     BaseModelOutputWithPooling,
-    BertForPreTrainingOutput,
-    MaskedLMOutput,
     ModelOutput,
     MultipleChoiceModelOutput,
     NextSentencePredictorOutput,
@@ -45,53 +38,8 @@ from fastbert.outputs import (
 )
 from fastbert.packing import PackedBatch
 from fastbert.pretrained import BertPreTrainedModel
-from fastbert.watch import is_plain
 
 _PADDED = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-
-
-class BertPredictionHeadTransform(BertIntermediate):
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__(config.replace(intermediate_size=config.hidden_size))
-        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.LayerNorm(super().forward(x))
-
-
-class BertLMPredictionHead(nn.Module):
-    """A score for each token of the vocabulary."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.transform = BertPredictionHeadTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))  # the decoder's, when tied
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n_tokens, hidden) to (n_tokens, vocab_size)."""
-        return self.decoder(self.transform(x))
-
-    def loss(self, x: Tensor, labels: Tensor, num_items: Items) -> Tensor:
-        """Cross entropy of (n_tokens,) labels; the product is made only where there are any."""
-        x, decoder = self.transform(x), self.decoder
-        if not is_plain(decoder, nn.Linear):
-            labelled = (labels != IGNORED).nonzero().squeeze(1)
-            return cross_entropy(decoder(x[labelled]), labels[labelled], num_items)
-        reduction = "mean" if num_items is None else "sum"
-        loss, *_ = linear_cross_entropy(
-            x, decoder.weight, decoder.bias, labels, IGNORED, reduction=reduction
-        )
-        return loss if num_items is None else loss / num_items
-
-
-class BertOnlyMLMHead(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.predictions = BertLMPredictionHead(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.predictions(x)
 
 
 class BertOnlyNSPHead(nn.Module):
@@ -103,13 +51,7 @@ class BertOnlyNSPHead(nn.Module):
         return self.seq_relationship(pooled)
 
 
-class BertPreTrainingHeads(BertOnlyMLMHead):
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__(config)
-        self.seq_relationship = nn.Linear(config.hidden_size, 2)
-
-
-class _Headed(BertPreTrainedModel):
+class Headed(BertPreTrainedModel):
     """A BertModel under the name `bert`."""
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
@@ -133,9 +75,14 @@ class _Headed(BertPreTrainedModel):
     ) -> tuple[EncoderInputs, BaseModelOutputWithPooling]:
         """The inputs, and what `bert` makes of them, of packed tokens in their order."""
         inputs = EncoderInputs.of(*given)
-        asked = (options.get("output_attentions"), options.get("output_hidden_states"))
         config = self.config
-        if not (any(asked) or config.output_attentions or config.output_hidden_states):
+        asked = (options.get("output_attentions"), options.get("output_hidden_states"))
+        if not (
+            any(asked)
+            or config.is_decoder
+            or config.output_attentions
+            or config.output_hidden_states
+        ):
             inputs = inputs.by_length()
         options = {"use_cache": False, **options, "return_dict": True}
         return inputs, self.bert(inputs, **options)
@@ -148,143 +95,7 @@ class _Headed(BertPreTrainedModel):
         return self.config.return_dict if return_dict is None else return_dict
 
 
-class _WithVocabulary(_Headed):
-    """With a BertLMPredictionHead as `cls.predictions`, whose weights are the word embeddings."""
-
-    _tied_weights_keys: ClassVar[Mapping[str, str]] = {
-        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-        "cls.predictions.decoder.bias": "cls.predictions.bias",
-    }
-    cls: BertOnlyMLMHead
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.cls.predictions.decoder
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.cls.predictions.decoder = value
-        self.cls.predictions.bias = value.bias
-
-    def _logits(
-        self,
-        inputs: EncoderInputs,
-        x: Tensor,
-        is_labelled: bool,
-        output_logits: bool | None,
-        options: dict[str, Any],
-    ) -> Tensor | None:
-        if output_logits is None:
-            output_logits = not (is_labelled and self.training and self._wants_names(options))
-        return inputs.restore(self.cls(x)) if output_logits else None
-
-
-class BertForPreTraining(_WithVocabulary):
-    """Masked language modelling, and whether the second text follows the first."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__(config)
-        self._add(cls=BertPreTrainingHeads(config))
-
-    def forward(
-        self,
-        input_ids: Tensor | PackedBatch | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        next_sentence_label: Tensor | None = None,
-        *,
-        output_logits: bool | None = None,
-        num_items_in_batch: Items = None,
-        num_sequences_in_batch: Items = None,
-        **kwargs: Any,
-    ) -> BertForPreTrainingOutput | tuple[Any, ...]:
-        """labels: of tokens, -100 where there is none. next_sentence_label: (n_seqs,), 0 where the
-        second text follows, 1 where it does not. The loss is the sum of both; without one of them
-        there is no loss, as in transformers. output_logits: as in BertForMaskedLM.
-        num_items_in_batch counts `labels`, num_sequences_in_batch the sequences; without the
-        latter, a batch counts for the second loss by its share of the former.
-        """
-        given = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        inputs, out = self._encode(given, kwargs)
-        x, pooled = out.last_hidden_state, out.pooler_output
-        assert x is not None and pooled is not None
-        relationship = self.cls.seq_relationship(pooled)
-        is_labelled = labels is not None and next_sentence_label is not None
-        loss = None
-        if labels is not None and next_sentence_label is not None:
-            labels = token_labels(labels, inputs)
-            follows = checked_labels(
-                next_sentence_label, (inputs.n_seqs,), 2, "next_sentence_label"
-            )
-            second = cross_entropy(relationship, follows, num_sequences_in_batch)
-            if num_items_in_batch is not None and num_sequences_in_batch is None:
-                second = second * ((labels != IGNORED).sum() / num_items_in_batch)
-            loss = self.cls.predictions.loss(x, labels, num_items_in_batch) + second
-        return self._returned(
-            BertForPreTrainingOutput(
-                loss,
-                self._logits(inputs, x, is_labelled, output_logits, kwargs),
-                relationship,
-                out.hidden_states,
-                out.attentions,
-            ),
-            kwargs,
-        )
-
-
-class BertForMaskedLM(_WithVocabulary):
-    """The token that stood where a mask stands now."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__(config, add_pooling_layer=False)
-        if config.is_decoder:
-            warnings.warn(
-                "BertForMaskedLM sees tokens on both sides only with is_decoder=False, got True",
-                stacklevel=2,
-            )
-        self._add(cls=BertOnlyMLMHead(config))
-
-    def forward(
-        self,
-        input_ids: Tensor | PackedBatch | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        output_logits: bool | None = None,
-        num_items_in_batch: Items = None,
-        **kwargs: Any,
-    ) -> MaskedLMOutput | tuple[Any, ...]:
-        """labels: of tokens, from 0 to vocab_size - 1, -100 where there is none.
-
-        output_logits: whether to compute the logits of all tokens, which is most of the work and
-        memory of this head; the loss needs only those that have labels. None: yes, except in
-        training with labels, where `logits` is None (tuples, return_dict=False, always have them).
-        """
-        given = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        source = {
-            "encoder_hidden_states": encoder_hidden_states,
-            "encoder_attention_mask": encoder_attention_mask,
-        }
-        inputs, out = self._encode(given, kwargs | source)
-        x = out.last_hidden_state
-        assert x is not None
-        loss = None
-        if labels is not None:
-            picked = token_labels(labels, inputs)
-            loss = self.cls.predictions.loss(x, picked, num_items_in_batch)
-        logits = self._logits(inputs, x, labels is not None, output_logits, kwargs)
-        return self._returned(
-            MaskedLMOutput(loss, logits, out.hidden_states, out.attentions), kwargs
-        )
-
-
-class BertForNextSentencePrediction(_Headed):
+class BertForNextSentencePrediction(Headed):
     """Whether the second text follows the first."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -315,7 +126,7 @@ class BertForNextSentencePrediction(_Headed):
         )
 
 
-class BertForSequenceClassification(_Headed):
+class BertForSequenceClassification(Headed):
     """A label, several labels or numbers for a sequence, as `config.problem_type` says.
 
     Where it is None, the first labels decide, as in transformers: "regression" with one label,
@@ -379,7 +190,7 @@ class BertForSequenceClassification(_Headed):
         return function(logits, labels, reduction="sum") / num_items
 
 
-class BertForMultipleChoice(_Headed):
+class BertForMultipleChoice(Headed):
     """Which of several sequences."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -434,7 +245,7 @@ class BertForMultipleChoice(_Headed):
         )
 
 
-class BertForTokenClassification(_Headed):
+class BertForTokenClassification(Headed):
     """A label for each token."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -469,7 +280,7 @@ class BertForTokenClassification(_Headed):
         )
 
 
-class BertForQuestionAnswering(_Headed):
+class BertForQuestionAnswering(Headed):
     """Where an answer starts and ends."""
 
     def __init__(self, config: BertConfig) -> None:

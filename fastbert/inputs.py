@@ -167,19 +167,35 @@ class EncoderInputs:
 
     def to_rows(self, x: Tensor) -> Tensor:
         """(n_tokens, ...) to (n_seqs, length, ...), zeros at padding, on the right when packed."""
-        x = self.restore(x)
+        places, shape = self._places()
+        if places is not None:
+            out = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
+            x = out.index_copy_(0, places, x)
+        return x.unflatten(0, shape)
+
+    def from_rows(self, x: Tensor) -> Tensor:
+        """(n_seqs * length, ...), the rows of `to_rows` end to end, to (n_tokens, ...)."""
+        places, _ = self._places()
+        return x if places is None else x.index_select(0, places)
+
+    def real(self) -> Tensor:
+        """(n_seqs, length) bool: where `to_rows` puts tokens."""
+        return self.to_rows(torch.ones_like(self.position_ids, dtype=torch.bool))
+
+    def _places(self) -> tuple[Tensor | None, tuple[int, int]]:
+        """(n_tokens,) where tokens are in rows of length, None where they are; n_seqs, length."""
         if self.padded_shape is not None:
-            return x
+            return self.index, self.padded_shape
         lengths = self.cu_seqlens.diff()
         if self.order is not None:
             lengths = torch.empty_like(lengths).index_copy_(0, self.order, lengths)
-        ends = lengths.cumsum(0)
-        rows = torch.arange(self.n_seqs, device=x.device)
-        rows = rows.repeat_interleave(lengths, output_size=x.shape[0])
-        columns = torch.arange(x.shape[0], device=x.device) - (ends - lengths)[rows]
-        out = x.new_zeros(self.n_seqs * self.max_seqlen, *x.shape[1:])
-        out = out.index_copy_(0, rows * self.max_seqlen + columns, x)
-        return out.unflatten(0, (self.n_seqs, self.max_seqlen))
+        tokens = torch.arange(self.n_tokens, device=lengths.device)
+        rows = torch.arange(self.n_seqs, device=lengths.device)
+        rows = rows.repeat_interleave(lengths, output_size=self.n_tokens)
+        starts = lengths.cumsum(0) - lengths
+        places = rows * self.max_seqlen + tokens - starts[rows]
+        places = places if self.index is None else places[self.index]
+        return places, (self.n_seqs, self.max_seqlen)
 
     def restore(self, x: Tensor) -> Tensor:
         """(n_tokens, ...) to the order and shape that was given, zeros at padding."""

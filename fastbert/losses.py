@@ -16,7 +16,7 @@ def span_loss(
     logits: Tensor, positions: dict[str, Tensor], inputs: EncoderInputs, num_items: Items
 ) -> Tensor:
     """logits: (n_tokens, 2), starts and ends."""
-    real = inputs.to_rows(torch.ones_like(logits[:, 0], dtype=torch.bool))
+    real = inputs.real()
     scores = inputs.to_rows(wide(logits)).masked_fill(~real[..., None], -torch.inf)
     n_seqs, length = real.shape
     real = F.pad(real, (0, 1))

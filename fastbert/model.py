@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.config import BertConfig
+from fastbert.decoder import BertDecoder, KeyValueCache, Record, after, source_of
 from fastbert.graphs import Graphs
 from fastbert.inputs import EncoderInputs
 from fastbert.layers import BertEmbeddings, BertEncoder, BertPooler
@@ -19,21 +20,22 @@ from fastbert.pretrained import BertPreTrainedModel
 class BertModel(BertPreTrainedModel):
     """The encoder (Devlin et al. 2019); names, results and weights are transformers' BertModel's.
 
-    config: refused with ValueError when `is_decoder`. add_pooling_layer: False leaves out the dense
-    layer on the first token, and `pooler_output` is None. cuda_graphs: inference on a GPU with at
-    most so many tokens is launched as a CUDA graph, captured when a shape of batch comes back.
-    True: up to 4,096; False: never. `model.cuda_graphs = False` does it later and gives the graphs'
-    memory back.
+    config: with `is_decoder` a token sees only those before it, and with `add_cross_attention`
+    another text, too; refused with ValueError where only the latter is set. add_pooling_layer:
+    False leaves out the dense layer on the first token, and `pooler_output` is None. cuda_graphs:
+    inference of an encoder on a GPU with at most so many tokens is launched as a CUDA graph,
+    captured when a shape of batch comes back. True: up to 4,096; False: never.
+    `model.cuda_graphs = False` does it later and gives the graphs' memory back.
     """
 
     def __init__(
         self, config: BertConfig, add_pooling_layer: bool = True, *, cuda_graphs: bool | int = True
     ) -> None:
         super().__init__(config)
-        if config.is_decoder:
-            raise ValueError("BertModel is an encoder: is_decoder must be False, got True")
+        if config.add_cross_attention and not config.is_decoder:
+            raise ValueError("add_cross_attention needs is_decoder=True, got False")
         self.embeddings = BertEmbeddings(config)
-        self.encoder = BertEncoder(config)
+        self.encoder = BertDecoder(config) if config.is_decoder else BertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.cuda_graphs = cuda_graphs
         self.apply(self._init_weights)
@@ -63,8 +65,8 @@ class BertModel(BertPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        encoder_attention_mask: Tensor | PackedBatch | None = None,
+        past_key_values: KeyValueCache | None = None,
         use_cache: bool | None = None,
         *,
         output_attentions: bool | None = None,
@@ -80,25 +82,35 @@ class BertModel(BertPreTrainedModel):
         when None. inputs_embeds: (n_seqs, length, hidden) in place of input_ids.
         output_hidden_states, output_attentions, return_dict: as the configuration says when None.
 
+        Of a decoder only: encoder_hidden_states: (n_seqs, source_length, hidden), and
+        encoder_attention_mask its mask; or (n_tokens, hidden), and there the PackedBatch they are
+        of. past_key_values: what a forward before returned; input_ids are then the tokens after
+        those, attention_mask is of all of them (None: the new ones are real), and position_ids
+        count on. use_cache: whether to return the next cache; None: as the configuration says, for
+        padded input, in evaluation.
+
         Returns last_hidden_state and pooler_output as BaseModelOutputWithPooling describes, zeros
         at padding; a tuple with return_dict=False. The pooler reads a sequence's first real token.
         Other keyword arguments are taken and not read, as in transformers. Raises ValueError on ids
         outside the vocabulary (on a CPU, where looking is free), too long sequences, and shapes
         that do not fit.
         """
-        refused = {
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError("BertModel wants a PackedBatch in place of cu_seq_lens_q")
+        of_decoder = {
             "encoder_hidden_states": encoder_hidden_states,
             "encoder_attention_mask": encoder_attention_mask,
             "past_key_values": past_key_values,
-            "cu_seq_lens_q": kwargs.get("cu_seq_lens_q"),
         }
-        for name, value in refused.items():
-            if value is not None:
-                wanted = "a PackedBatch" if name == "cu_seq_lens_q" else "None, as it is an encoder"
-                raise ValueError(f"BertModel wants {wanted} in place of {name}")
-        inputs = EncoderInputs.of(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        )
+        for name, value in of_decoder.items():
+            if value is not None and not self.config.is_decoder:
+                raise ValueError(f"{name} must be None without config.is_decoder, got a value")
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        key_mask = None
+        if past_key_values is None:
+            inputs = EncoderInputs.of(*given)
+        else:
+            inputs, key_mask = after(past_key_values, *given)
         of_head = inputs is input_ids  # whose own business it is to put padding back
         self._check_range(inputs)
 
@@ -107,16 +119,36 @@ class BertModel(BertPreTrainedModel):
         want_weights = _or(output_attentions, config.output_attentions)
         states: list[Tensor] | None = [] if want_states else None
         weights: list[Tensor] | None = [] if want_weights else None
-        found = None
-        if states is None and weights is None:
-            found = self._graphs.run(self, inputs)
-            inputs = inputs if found or of_head else inputs.by_length()
-        x, pooled = found or self._encode(inputs, states, weights)
+        crossed: list[Tensor] | None = None
+        cache = None
+        if config.is_decoder:
+            source = None
+            if encoder_hidden_states is not None:
+                source = source_of(
+                    encoder_hidden_states, encoder_attention_mask, inputs.n_seqs, config.hidden_size
+                )
+            crossed = None if weights is None else []
+            kept = [] if self._keeps(use_cache, inputs) else None
+            record = Record(states, weights, crossed, kept)
+            x, cache = self.encoder(
+                self._embed(inputs), inputs, source, past_key_values, key_mask, record
+            )
+            pooled = None if self.pooler is None else self.pooler(inputs.first_tokens(x))
+        else:
+            found = None
+            if states is None and weights is None:
+                found = self._graphs.run(self, inputs)
+                inputs = inputs if found or of_head else inputs.by_length()
+            x, pooled = found or self._encode(inputs, states, weights)
+            if weights is not None:
+                weights = [inputs.restore_weights(w) for w in weights]
         out = BaseModelOutputWithPooling(
             x if of_head else inputs.restore(x),
             pooled,
             hidden_states=None if states is None else tuple(map(inputs.restore, states)),
-            attentions=None if weights is None else tuple(map(inputs.restore_weights, weights)),
+            past_key_values=cache,
+            attentions=None if weights is None else tuple(weights),
+            cross_attentions=None if crossed is None else tuple(crossed),
         )
         return out if _or(return_dict, config.return_dict) else out.to_tuple()
 
@@ -127,11 +159,24 @@ class BertModel(BertPreTrainedModel):
         weights: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(n_tokens, hidden), and what the pooler makes of the first tokens."""
-        x = self.embeddings(
-            inputs.input_ids, inputs.token_type_ids, inputs.position_ids, inputs.inputs_embeds
-        )
+        x = self._embed(inputs)
         x = self.encoder(x, inputs.cu_seqlens, inputs.max_seqlen, states, weights)
         return x, None if self.pooler is None else self.pooler(inputs.first_tokens(x))
+
+    def _embed(self, inputs: EncoderInputs) -> Tensor:
+        return self.embeddings(
+            inputs.input_ids, inputs.token_type_ids, inputs.position_ids, inputs.inputs_embeds
+        )
+
+    def _keeps(self, use_cache: bool | None, inputs: EncoderInputs) -> bool:
+        """Whether a decoder's forward returns a cache."""
+        if self.training and self.is_gradient_checkpointing:
+            return False
+        if inputs.padded_shape is None:
+            if use_cache:
+                raise ValueError("use_cache=True wants padded input, got packed")
+            return False
+        return _or(use_cache, self.config.use_cache and not self.training)
 
     def _check_range(self, inputs: EncoderInputs) -> None:
         config = self.config
