@@ -128,15 +128,16 @@ class _Packed:
     @classmethod
     def of(cls, x: Tensor, inputs: EncoderInputs, source: EncoderInputs | None) -> _Packed:
         bounds, longest = inputs.cu_seqlens, inputs.max_seqlen
-        of_keys = (None, None) if source is None else (source.cu_seqlens, source.max_seqlen)
+        bounds_k = None if source is None else source.cu_seqlens
+        longest_k = None if source is None else source.max_seqlen
         tiles = None
         if on_kernel_device(x):
             tiles = schedule(
                 bounds, longest, x.shape[0],
-                cu_seqlens_k=of_keys[0], max_seqlen_k=of_keys[1],
+                cu_seqlens_k=bounds_k, max_seqlen_k=longest_k,
                 n_keys=None if source is None else source.n_tokens,
             )  # fmt: skip
-        return cls(bounds, longest, *of_keys, tiles)
+        return cls(bounds, longest, bounds_k, longest_k, tiles)
 
     def keys(self, x: Tensor) -> Tensor:
         return x

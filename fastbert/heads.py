@@ -60,10 +60,11 @@ class Headed(BertPreTrainedModel):
         self.num_labels = config.num_labels
         self.bert = BertModel(config, add_pooling_layer)
 
-    def _add(self, **modules: nn.Module) -> None:
-        for name, module in modules.items():
-            setattr(self, name, module)
-            module.apply(self._init_weights)
+    def _start(self) -> None:
+        """First weights of the head, tied where they are to be: a constructor's last line."""
+        for name, module in self.named_children():
+            if name != "bert":
+                module.apply(self._init_weights)
         self.tie_weights()
 
     def _classifier_dropout(self) -> nn.Dropout:
@@ -100,7 +101,8 @@ class BertForNextSentencePrediction(Headed):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
-        self._add(cls=BertOnlyNSPHead(config))
+        self.cls = BertOnlyNSPHead(config)
+        self._start()
 
     def forward(
         self,
@@ -136,10 +138,9 @@ class BertForSequenceClassification(Headed):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
-        self._add(
-            dropout=self._classifier_dropout(),
-            classifier=nn.Linear(config.hidden_size, self.num_labels),
-        )
+        self.dropout = self._classifier_dropout()
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self._start()
 
     def forward(
         self,
@@ -195,7 +196,9 @@ class BertForMultipleChoice(Headed):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
-        self._add(dropout=self._classifier_dropout(), classifier=nn.Linear(config.hidden_size, 1))
+        self.dropout = self._classifier_dropout()
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self._start()
 
     def forward(
         self,
@@ -214,7 +217,7 @@ class BertForMultipleChoice(Headed):
         n * num_choices sequences, choices of one question next to each other, with num_choices
         given where labels do not tell it. labels: (n,), the number of the right choice.
         """
-        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        given: Any = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if not isinstance(input_ids, PackedBatch):
             for name, x in zip(_PADDED, given, strict=True):
                 shape = "(n, num_choices, length)"
@@ -250,10 +253,9 @@ class BertForTokenClassification(Headed):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
-        self._add(
-            dropout=self._classifier_dropout(),
-            classifier=nn.Linear(config.hidden_size, self.num_labels),
-        )
+        self.dropout = self._classifier_dropout()
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self._start()
 
     def forward(
         self,
@@ -287,7 +289,8 @@ class BertForQuestionAnswering(Headed):
         super().__init__(config, add_pooling_layer=False)
         if self.num_labels != 2:
             raise ValueError(f"num_labels must be 2, a start and an end, got {self.num_labels}")
-        self._add(qa_outputs=nn.Linear(config.hidden_size, 2))
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self._start()
 
     def forward(
         self,

@@ -107,9 +107,12 @@ class _WithVocabulary(Headed):
 class BertForPreTraining(_WithVocabulary):
     """Masked language modelling, and whether the second text follows the first."""
 
+    cls: BertPreTrainingHeads
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
-        self._add(cls=BertPreTrainingHeads(config))
+        self.cls = BertPreTrainingHeads(config)
+        self._start()
 
     def forward(
         self,
@@ -170,7 +173,8 @@ class BertForMaskedLM(_WithVocabulary):
                 "BertForMaskedLM sees tokens on both sides only with is_decoder=False, got True",
                 stacklevel=2,
             )
-        self._add(cls=BertOnlyMLMHead(config))
+        self.cls = BertOnlyMLMHead(config)
+        self._start()
 
     def forward(
         self,
@@ -222,7 +226,8 @@ class BertLMHeadModel(_WithVocabulary):
                 "BertLMHeadModel sees only what came before with is_decoder=True, got False",
                 stacklevel=2,
             )
-        self._add(cls=BertOnlyMLMHead(config))
+        self.cls = BertOnlyMLMHead(config)
+        self._start()
 
     def forward(
         self,

@@ -128,8 +128,9 @@ class BertModel(BertPreTrainedModel):
                     encoder_hidden_states, encoder_attention_mask, inputs.n_seqs, config.hidden_size
                 )
             crossed = None if weights is None else []
-            kept = [] if self._keeps(use_cache, inputs) else None
-            record = Record(states, weights, crossed, kept)
+            record = Record(states, weights, crossed)
+            if self._keeps(use_cache, inputs):
+                record.kept = []
             x, cache = self.encoder(
                 self._embed(inputs), inputs, source, past_key_values, key_mask, record
             )

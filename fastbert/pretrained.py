@@ -128,7 +128,6 @@ class BertPreTrainedModel(nn.Module):
 
     def _init_weights(self, module: nn.Module) -> None:
         """BERT's first weights: normal, `initializer_range` wide; zero biases; unit layer norms."""
-        own = module._parameters
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -136,8 +135,9 @@ class BertPreTrainedModel(nn.Module):
                 module.weight[module.padding_idx].zero_()
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
-        if own.get("bias") is not None:
-            nn.init.zeros_(module.bias)
+        bias = module._parameters.get("bias")
+        if bias is not None:
+            nn.init.zeros_(bias)
 
     def tie_weights(self) -> None:
         """Make one parameter of those that are to be one, as `config.tie_word_embeddings` says."""

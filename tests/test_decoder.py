@@ -1,10 +1,11 @@
 """BertLMHeadModel and BertModel as a decoder against transformers', and against themselves."""
 
+import copy
 import warnings
 
 import pytest
 import torch
-from accuracy import relative_error
+from accuracy import assert_as_accurate, relative_error
 from safetensors.torch import load_file
 
 from fastbert import BertConfig, BertForMaskedLM, BertLMHeadModel, BertModel, pack, unpack
@@ -298,6 +299,30 @@ def test_training(tmp_path):
         ours(**part, num_items_in_batch=n_items).loss.backward()
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, grads[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.interpreted
+def test_kernels_are_as_accurate_as_plain_torch(device, tmp_path, monkeypatch):
+    exact, _ = pair(tmp_path, cross=True)
+    given = batch(True)
+    labels = labels_of(given)
+    results = []
+    for dtype, has_kernels in (
+        (torch.float32, True),
+        (torch.float32, False),
+        (torch.float64, False),
+    ):
+        if not has_kernels:
+            monkeypatch.setattr("fastbert.kernels._triton.why_not", lambda device: "not wanted")
+        model = copy.deepcopy(exact).to(device, dtype)
+        inputs = {
+            n: x.to(device, dtype if x.is_floating_point() else None) for n, x in given.items()
+        }
+        out = model(**inputs, labels=labels.to(device))
+        out.loss.backward()
+        results.append([out.logits.detach(), *(p.grad for p in model.parameters())])
+    for triple in zip(*results, strict=True):
+        assert_as_accurate(*triple, factor=4.0)  # sums of few rows in another order
 
 
 def test_dropout_is_on_in_training_only():

@@ -200,7 +200,7 @@ def test_files_are_read_both_ways(case, tmp_path):
     }  # fmt: skip
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in CASES if case != "answer"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(case, tmp_path):
     ours, _ = pair(case, tmp_path)
     given, labels = inputs_of(case)
@@ -212,8 +212,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(case, tmp_path):
         counts["num_items_in_batch"] = labels["labels"].numel()
     if case == "pretraining":
         counts["num_sequences_in_batch"] = N
-    if case == "answer":
-        pytest.skip("an ignored start and a counted end have different counts")
     loss = 0.0
     for i in range(len(given["input_ids"])):
         part = {name: x[i : i + 1] for name, x in {**given, **labels}.items()}
