@@ -13,13 +13,16 @@ HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
-@dataclass(frozen=True)
+@dataclass
 class BertConfig:
     """Sizes and rates of a BERT, with the names and defaults of transformers' `BertConfig`.
 
     Keys that are not fields here are kept in `extra`, read as attributes and saved again. Raises
     ValueError on values no BERT can have. num_labels, id2label, label2id: each follows from the
     others; two labels when none is given, and new names where num_labels is not that of id2label.
+
+    An assignment is checked as the constructor's values are. What a model has been made with does
+    not change by it, as in transformers.
     """
 
     vocab_size: int = 30522
@@ -91,6 +94,14 @@ class BertConfig:
         kind = self.extra.get("position_embedding_type", "absolute")
         if kind != "absolute":
             raise ValueError(f"position_embedding_type must be 'absolute', got {kind!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "extra" not in self.__dict__:  # the constructor is at work, and checks at its end
+            object.__setattr__(self, name, value)
+        elif name in {f.name for f in fields(self)}:
+            self.__dict__.update(self.replace(**{name: value}).__dict__)
+        else:
+            object.__setattr__(self, "extra", {**self.extra, name: value})
 
     def _name_labels(self) -> None:
         self._require(

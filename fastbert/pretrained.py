@@ -147,6 +147,8 @@ class BertPreTrainedModel(nn.Module):
 
     def _tied(self) -> dict[str, str]:
         """Those of `_tied_weights_keys` that are one parameter now."""
+        if not self._tied_weights_keys:
+            return {}
         found = dict(self.named_parameters(remove_duplicate=False))
         return {
             name: source

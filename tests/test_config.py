@@ -30,6 +30,17 @@ def test_saved_and_read_again_is_the_same(tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["config.json"]
 
 
+def test_assignments_are_checked_and_saved(tmp_path):
+    config = BertConfig()
+    config.num_labels, config.task, config.use_cache = 3, "x", False
+    assert config.id2label[2] == "LABEL_2" and config.task == "x"
+    with pytest.raises(ValueError, match="hidden_size must be a whole number of at least 1, got 0"):
+        config.hidden_size = 0
+    assert config.hidden_size == 768
+    config.save_pretrained(tmp_path)
+    assert BertConfig.from_pretrained(tmp_path) == config != BertConfig()
+
+
 def test_labels_follow_from_each_other():
     assert BertConfig(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     named = BertConfig.from_dict({"id2label": {"0": "no", "1": "maybe", "2": "yes"}})

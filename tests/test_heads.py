@@ -106,9 +106,12 @@ def pair(case, tmp_path, **changes):
     return ours, theirs.double().eval()
 
 
+def mask_of(lengths):
+    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+
+
 def batch(lengths=LENGTHS, n_choices=None):
-    longest = max(lengths)
-    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+    mask = mask_of(lengths)
     given = {
         "input_ids": torch.randint(0, 50, mask.shape),
         "attention_mask": mask,
@@ -527,10 +530,67 @@ def test_heads_of_a_tensorflow_checkpoint(shared, tmp_path):
             assert relative_error(found, value) < 2e-5
 
 
+def test_trainer_gives_the_losses_of_transformers_also_in_small_batches(tmp_path):
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    kind, _, _ = CASES["one label"]
+    theirs = getattr(transformers, kind)(transformers.BertConfig(**SMALL))
+    theirs.save_pretrained(tmp_path / "model")
+    rows = [
+        {"input_ids": torch.randint(0, 50, (n,)), "labels": torch.tensor(n % 2)}
+        for n in (3, 5, 8, 2, 9, 4, 7, 6)
+    ]
+
+    def collate(rows):
+        longest = max(len(row["input_ids"]) for row in rows)
+        padded = [
+            torch.nn.functional.pad(row["input_ids"], (0, longest - len(row["input_ids"])))
+            for row in rows
+        ]
+        mask = mask_of([len(row["input_ids"]) for row in rows])
+        labels = torch.stack([row["labels"] for row in rows])
+        return {"input_ids": torch.stack(padded), "attention_mask": mask, "labels": labels}
+
+    losses = []
+    for package, n_rows in ((transformers, 8), (fastbert, 8), (fastbert, 1)):
+        model = getattr(package, kind).from_pretrained(tmp_path / "model")
+        arguments = transformers.TrainingArguments(
+            tmp_path / "out", per_device_train_batch_size=n_rows, learning_rate=1e-3, max_steps=4,
+            gradient_accumulation_steps=8 // n_rows, logging_steps=1, save_strategy="no",
+            report_to=[], use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collate)
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        assert trainer.predict(rows).predictions.shape == (8, 2)
+    assert len(set(losses[0])) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_adapters_of_peft(tmp_path):
+    peft = pytest.importorskip("peft", reason="compares with peft's adapters")
+    ours, theirs = pair("mlm", tmp_path)
+    given, labels = inputs_of("mlm")
+    plain = ours(**given, **labels).loss
+    # the decoder's adapter makes it a module that is not plain
+    lora = peft.LoraConfig(target_modules=["query", "value", "decoder"], init_lora_weights=False)
+    ours, theirs = (peft.get_peft_model(model, lora) for model in (ours, theirs))
+    ours.load_state_dict(theirs.state_dict())
+    out, wanted = ours.train()(**given, **labels), theirs(**given, **labels)
+    assert relative_error(out.loss, wanted.loss) < 1e-12 < relative_error(out.loss, plain)
+    out.loss.backward()
+    wanted.loss.backward()
+    found, value = gradients(ours), gradients(theirs)
+    assert found.keys() == value.keys() and len(found) > 2
+    for name in value:
+        torch.testing.assert_close(found[name], value[name], rtol=1e-9, atol=1e-12, msg=name)
+    with ours.disable_adapter():
+        assert relative_error(ours(**given, **labels).loss, plain) < 1e-12
+
+
 def compiled_batch(*lengths):
-    ids = torch.randint(0, 50, (len(lengths), max(lengths)))
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return pack(ids, mask.long())
+    mask = mask_of(lengths)
+    return pack(torch.randint(0, 50, mask.shape), mask)
 
 
 @pytest.mark.parametrize("kind", ["BertForSequenceClassification", "BertForMaskedLM"])
