@@ -13,8 +13,17 @@ if TYPE_CHECKING:
     from fastbert.convert import convert
     from fastbert.drop_in import Acceleration, accelerate, restore
     from fastbert.embed import Embedder
-    from fastbert.model import BertModel, BertPreTrainedModel
+    from fastbert.heads import (
+        BertForMultipleChoice,
+        BertForNextSentencePrediction,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+    )
+    from fastbert.lm import BertForMaskedLM, BertForPreTraining, BertLMHeadModel
+    from fastbert.model import BertModel
     from fastbert.packing import PackedBatch, pack, unpack
+    from fastbert.pretrained import BertPreTrainedModel
     from fastbert.tokenizer import AddedToken, BatchEncoding, BertTokenizer
     from fastbert.vocab import train_vocab
 
@@ -23,8 +32,16 @@ _MODULES = {
     "AddedToken": "tokenizer",
     "BatchEncoding": "tokenizer",
     "BertConfig": "config",
+    "BertForMaskedLM": "lm",
+    "BertForMultipleChoice": "heads",
+    "BertForNextSentencePrediction": "heads",
+    "BertForPreTraining": "lm",
+    "BertForQuestionAnswering": "heads",
+    "BertForSequenceClassification": "heads",
+    "BertForTokenClassification": "heads",
+    "BertLMHeadModel": "lm",
     "BertModel": "model",
-    "BertPreTrainedModel": "model",
+    "BertPreTrainedModel": "pretrained",
     "BertTokenizer": "tokenizer",
     "Embedder": "embed",
     "PackedBatch": "packing",
@@ -40,6 +57,14 @@ __all__ = [
     "AddedToken",
     "BatchEncoding",
     "BertConfig",
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertLMHeadModel",
     "BertModel",
     "BertPreTrainedModel",
     "BertTokenizer",

@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
-@dataclass(frozen=True)
+@dataclass
 class BertConfig:
     """Sizes and rates of a BERT, with the names and defaults of transformers' `BertConfig`.
 
     Keys that are not fields here are kept in `extra`, read as attributes and saved again. Raises
-    ValueError on values no BERT can have.
+    ValueError on values no BERT can have. num_labels, id2label, label2id: each follows from the
+    others; two labels when none is given, and new names where num_labels is not that of id2label.
+
+    An assignment is checked as the constructor's values are. What a model has been made with does
+    not change by it, as in transformers.
     """
 
     vocab_size: int = 30522
@@ -33,7 +38,15 @@ class BertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
+    use_cache: bool = True
+    classifier_dropout: float | None = None
     is_decoder: bool = False
+    add_cross_attention: bool = False
+    tie_word_embeddings: bool = True
+    problem_type: str | None = None
+    num_labels: int | None = None  # a number once the configuration is made, as the next two
+    id2label: Mapping[int, str] | None = None
+    label2id: Mapping[str, int] | None = None
     output_hidden_states: bool = False
     output_attentions: bool = False
     return_dict: bool = True
@@ -52,6 +65,11 @@ class BertConfig:
         self._require("num_hidden_layers", "a whole number, 0 or more", lambda v: _is_int(v, 0))
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             self._require(name, "a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
+        self._require(
+            "classifier_dropout",
+            "None or a number from 0 to 1",
+            lambda v: v is None or (_is_number(v) and 0 <= v <= 1),
+        )
         for name in ("initializer_range", "layer_norm_eps"):
             self._require(name, "a number of at least 0", lambda v: _is_number(v) and v >= 0)
         self._require("hidden_act", f"one of {', '.join(HIDDEN_ACTS)}", lambda v: v in HIDDEN_ACTS)
@@ -65,9 +83,43 @@ class BertConfig:
                 f"hidden_size must be a multiple of num_attention_heads = "
                 f"{self.num_attention_heads}, got {self.hidden_size}"
             )
+        self._name_labels()
+        self._require(
+            "problem_type",
+            f"None or one of {', '.join(PROBLEM_TYPES)}",
+            lambda v: v is None or v in PROBLEM_TYPES,
+        )
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError("single_label_classification wants num_labels of at least 2, got 1")
         kind = self.extra.get("position_embedding_type", "absolute")
         if kind != "absolute":
             raise ValueError(f"position_embedding_type must be 'absolute', got {kind!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "extra" not in self.__dict__:  # the constructor is at work, and checks at its end
+            object.__setattr__(self, name, value)
+        elif name in {f.name for f in fields(self)}:
+            self.__dict__.update(self.replace(**{name: value}).__dict__)
+        else:
+            object.__setattr__(self, "extra", {**self.extra, name: value})
+
+    def _name_labels(self) -> None:
+        self._require(
+            "num_labels",
+            "None or a whole number of at least 1",
+            lambda v: v is None or (_is_int(v) and v >= 1),
+        )
+        names, numbers = self.id2label, self.label2id
+        if names is None and numbers is not None:
+            names = {number: name for name, number in numbers.items()}
+        if names is None or self.num_labels not in (None, len(names)):
+            names, numbers = {i: f"LABEL_{i}" for i in range(self.num_labels or 2)}, None
+        names = {int(i): name for i, name in names.items()}  # JSON's keys are strings
+        if numbers is None:
+            numbers = {name: i for i, name in names.items()}
+        object.__setattr__(self, "label2id", numbers)
+        object.__setattr__(self, "id2label", names)
+        object.__setattr__(self, "num_labels", len(names))
 
     def _require(self, name: str, wanted: str, holds: Any) -> None:
         value = getattr(self, name)
@@ -123,11 +175,14 @@ class BertConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` holds."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        left_out = ("extra", "num_labels")  # as there: the number of labels is that of id2label
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         return {**values, **self.extra, "model_type": self.model_type}
 
     def replace(self, **changes: Any) -> BertConfig:
         """The same with other values, checked again."""
+        if "id2label" in changes:  # the old names' number and inverse are not wanted
+            changes = {"num_labels": None, "label2id": None, **changes}
         return replace(self, **changes)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

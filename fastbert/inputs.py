@@ -28,6 +28,23 @@ class EncoderInputs:
     starts: bool = True  # whether the first column of every row is a token
 
     @classmethod
+    def of(
+        cls,
+        input_ids: Tensor | PackedBatch | EncoderInputs | None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> EncoderInputs:
+        """Of the arguments of a model's forward: padded, packed, or these inputs themselves."""
+        others = (attention_mask, token_type_ids, position_ids, inputs_embeds)
+        if not isinstance(input_ids, (PackedBatch, EncoderInputs)):
+            return cls.of_padded(input_ids, *others)
+        if any(x is not None for x in others):
+            raise ValueError("a PackedBatch holds ids, types, positions: give nothing beside it")
+        return input_ids if isinstance(input_ids, EncoderInputs) else cls.of_packed(input_ids)
+
+    @classmethod
     def of_packed(cls, batch: PackedBatch) -> EncoderInputs:
         return cls(
             batch.input_ids,
@@ -137,13 +154,64 @@ class EncoderInputs:
             return first
         return torch.empty_like(first).index_copy_(0, self.order, first)
 
+    @property
+    def n_seqs(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def n_tokens(self) -> int:
+        return self.position_ids.shape[0]
+
+    @property
+    def given_shape(self) -> tuple[int, ...]:
+        """Of the ids as given: (n_seqs, length), or (n_tokens,) when they were packed."""
+        return self.padded_shape or (self.n_tokens,)
+
+    def pick(self, values: Tensor) -> Tensor:
+        """Values for each token as given, (n_seqs, length) or (n_tokens,), to those of `input_ids`.
+        What stands at padding is not read."""
+        values = values.flatten()
+        return values if self.index is None else values.index_select(0, self.index)
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """(n_tokens, ...) to (n_seqs, length, ...), zeros at padding, on the right when packed."""
+        places, shape = self._places()
+        if places is not None:
+            out = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
+            x = out.index_copy_(0, places, x)
+        return x.unflatten(0, shape)
+
+    def from_rows(self, x: Tensor) -> Tensor:
+        """(n_seqs * length, ...), the rows of `to_rows` end to end, to (n_tokens, ...)."""
+        places, _ = self._places()
+        return x if places is None else x.index_select(0, places)
+
+    def real(self) -> Tensor:
+        """(n_seqs, length) bool: where `to_rows` puts tokens."""
+        return self.to_rows(torch.ones_like(self.position_ids, dtype=torch.bool))
+
+    def _places(self) -> tuple[Tensor | None, tuple[int, int]]:
+        """(n_tokens,) where tokens are in rows of length, None where they are; n_seqs, length."""
+        if self.padded_shape is not None:
+            return self.index, self.padded_shape
+        lengths = self.cu_seqlens.diff()
+        if self.order is not None:
+            lengths = torch.empty_like(lengths).index_copy_(0, self.order, lengths)
+        tokens = torch.arange(self.n_tokens, device=lengths.device)
+        rows = torch.arange(self.n_seqs, device=lengths.device)
+        rows = rows.repeat_interleave(lengths, output_size=self.n_tokens)
+        starts = lengths.cumsum(0) - lengths
+        places = rows * self.max_seqlen + tokens - starts[rows]
+        places = places if self.index is None else places[self.index]
+        return places, (self.n_seqs, self.max_seqlen)
+
     def restore(self, x: Tensor) -> Tensor:
-        """(n_tokens, hidden) to the order and shape that was given, zeros at padding."""
+        """(n_tokens, ...) to the order and shape that was given, zeros at padding."""
         if self.padded_shape is None:
             return x if self.index is None else torch.empty_like(x).index_copy_(0, self.index, x)
         if self.index is not None:
             n_seqs, length = self.padded_shape
-            x = x.new_zeros(n_seqs * length, x.shape[1]).index_copy_(0, self.index, x)
+            x = x.new_zeros(n_seqs * length, *x.shape[1:]).index_copy_(0, self.index, x)
         return x.unflatten(0, self.padded_shape)
 
     def take(self, x: Tensor) -> Tensor:

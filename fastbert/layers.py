@@ -248,6 +248,7 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
+        self.checkpoint_options: dict[str, Any] = {"use_reentrant": False}
 
     def forward(
         self,
@@ -266,7 +267,7 @@ class BertEncoder(nn.Module):
             if hidden_states is not None:
                 hidden_states.append(x)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *args, use_reentrant=False)
+                x = checkpoint(layer, x, *args, **self.checkpoint_options)
             else:
                 x = layer(x, *args)
         if hidden_states is not None:

@@ -2,122 +2,40 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastbert.config import BertConfig
-from fastbert.files import find_checkpoint
+from fastbert.decoder import BertDecoder, KeyValueCache, Record, after, source_of
 from fastbert.graphs import Graphs
 from fastbert.inputs import EncoderInputs
 from fastbert.layers import BertEmbeddings, BertEncoder, BertPooler
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.packing import PackedBatch
-from fastbert.weights import HEADS, WEIGHTS_NAME, match_tensors, read_tensors, write_tensors
-
-
-class BertPreTrainedModel(nn.Module):
-    """Loading, saving and first weights, alike for every model here."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        config: BertConfig | None = None,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | int | None = None,
-        output_loading_info: bool = False,
-        **model_arguments: Any,
-    ) -> Any:
-        """A model with the weights of a folder or of a model on the Hugging Face hub, in eval mode.
-
-        Reads transformers' folders (safetensors or pytorch_model.bin, in shards or whole, with or
-        without a head) and google-research/bert's TensorFlow-1 ones. config: in place of the
-        folder's. dtype: as stored when None. model_arguments: `add_pooling_layer=False`,
-        `cuda_graphs=False`.
-        output_loading_info: returns (model, {"missing_keys": [...], "unexpected_keys": [...]}).
-
-        A pooler that is not in the file gets fresh weights, and a warning says so. Raises
-        FileNotFoundError where config or weights are not found, and ValueError that names every
-        other tensor that is missing, unexpected or of another shape.
-        """
-        checkpoint = find_checkpoint(name_or_path)
-        config = config or BertConfig.from_file(checkpoint.config_file)
-        if isinstance(dtype, str):
-            dtype = _dtype(dtype)
-        with torch.inference_mode(False):  # weights made in it would be of no use outside it
-            with torch.device("meta"):
-                model = cls(config, **model_arguments)
-            missing, unused = model._load(read_tensors(checkpoint), str(checkpoint.folder))
-            model.to(device=device, dtype=dtype).eval()
-        info = {"missing_keys": missing, "unexpected_keys": unused}
-        return (model, info) if output_loading_info else model
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors, each whole or not at all."""
-        self.config.replace(
-            extra={
-                **self.config.extra,
-                "architectures": [type(self).__name__],
-                "dtype": str(self.dtype).removeprefix("torch."),
-            }
-        ).save_pretrained(folder)
-        write_tensors(self.state_dict(), Path(folder) / WEIGHTS_NAME)
-
-    def _load(self, tensors: dict[str, Tensor], source: str) -> tuple[list[str], list[str]]:
-        raise NotImplementedError
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """BERT's first weights: normal, `initializer_range` wide; zero biases; unit layer norms."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            with torch.no_grad():
-                module.weight[module.padding_idx].zero_()
-        if isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-        if isinstance(module, (nn.Linear, nn.LayerNorm)):
-            nn.init.zeros_(module.bias)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+from fastbert.pretrained import BertPreTrainedModel
 
 
 class BertModel(BertPreTrainedModel):
     """The encoder (Devlin et al. 2019); names, results and weights are transformers' BertModel's.
 
-    config: refused with ValueError when `is_decoder`. add_pooling_layer: False leaves out the dense
-    layer on the first token, and `pooler_output` is None. cuda_graphs: inference on a GPU with at
-    most so many tokens is launched as a CUDA graph, captured when a shape of batch comes back.
-    True: up to 4,096; False: never. `model.cuda_graphs = False` does it later and gives the graphs'
-    memory back.
+    config: with `is_decoder` a token sees only those before it, and with `add_cross_attention`
+    another text, too; refused with ValueError where only the latter is set. add_pooling_layer:
+    False leaves out the dense layer on the first token, and `pooler_output` is None. cuda_graphs:
+    inference of an encoder on a GPU with at most so many tokens is launched as a CUDA graph,
+    captured when a shape of batch comes back. True: up to 4,096; False: never.
+    `model.cuda_graphs = False` does it later and gives the graphs' memory back.
     """
 
     def __init__(
         self, config: BertConfig, add_pooling_layer: bool = True, *, cuda_graphs: bool | int = True
     ) -> None:
         super().__init__(config)
-        if config.is_decoder:
-            raise ValueError("BertModel is an encoder: is_decoder must be False, got True")
+        if config.add_cross_attention and not config.is_decoder:
+            raise ValueError("add_cross_attention needs is_decoder=True, got False")
         self.embeddings = BertEmbeddings(config)
-        self.encoder = BertEncoder(config)
+        self.encoder = BertDecoder(config) if config.is_decoder else BertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.cuda_graphs = cuda_graphs
         self.apply(self._init_weights)
@@ -139,19 +57,6 @@ class BertModel(BertPreTrainedModel):
         self._graphs.clear()  # they keep the memory of weights that move
         return super()._apply(fn, recurse)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.word_embeddings = value
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Keep only each layer's input in training and compute the rest again in the backward."""
-        self.encoder.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.encoder.gradient_checkpointing = False
-
     def forward(
         self,
         input_ids: Tensor | PackedBatch | None = None,
@@ -160,8 +65,8 @@ class BertModel(BertPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        encoder_attention_mask: Tensor | PackedBatch | None = None,
+        past_key_values: KeyValueCache | None = None,
         use_cache: bool | None = None,
         *,
         output_attentions: bool | None = None,
@@ -177,33 +82,36 @@ class BertModel(BertPreTrainedModel):
         when None. inputs_embeds: (n_seqs, length, hidden) in place of input_ids.
         output_hidden_states, output_attentions, return_dict: as the configuration says when None.
 
+        Of a decoder only: encoder_hidden_states: (n_seqs, source_length, hidden), and
+        encoder_attention_mask its mask; or (n_tokens, hidden), and there the PackedBatch they are
+        of. past_key_values: what a forward before returned; input_ids are then the tokens after
+        those, attention_mask is of all of them (None: the new ones are real), and position_ids
+        count on. use_cache: whether to return the next cache; None: as the configuration says, for
+        padded input, in evaluation.
+
         Returns last_hidden_state and pooler_output as BaseModelOutputWithPooling describes, zeros
         at padding; a tuple with return_dict=False. The pooler reads a sequence's first real token.
         Other keyword arguments are taken and not read, as in transformers. Raises ValueError on ids
         outside the vocabulary (on a CPU, where looking is free), too long sequences, and shapes
         that do not fit.
         """
-        refused = {
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError("BertModel wants a PackedBatch in place of cu_seq_lens_q")
+        of_decoder = {
             "encoder_hidden_states": encoder_hidden_states,
             "encoder_attention_mask": encoder_attention_mask,
             "past_key_values": past_key_values,
-            "cu_seq_lens_q": kwargs.get("cu_seq_lens_q"),
         }
-        for name, value in refused.items():
-            if value is not None:
-                wanted = "a PackedBatch" if name == "cu_seq_lens_q" else "None, as it is an encoder"
-                raise ValueError(f"BertModel wants {wanted} in place of {name}")
-        if isinstance(input_ids, PackedBatch):
-            given = (attention_mask, token_type_ids, position_ids, inputs_embeds)
-            if any(x is not None for x in given):
-                raise ValueError(
-                    "a PackedBatch holds ids, types, positions: give nothing beside it"
-                )
-            inputs = EncoderInputs.of_packed(input_ids)
+        for name, value in of_decoder.items():
+            if value is not None and not self.config.is_decoder:
+                raise ValueError(f"{name} must be None without config.is_decoder, got a value")
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        key_mask = None
+        if past_key_values is None:
+            inputs = EncoderInputs.of(*given)
         else:
-            inputs = EncoderInputs.of_padded(
-                input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-            )
+            inputs, key_mask = after(past_key_values, *given)
+        of_head = inputs is input_ids  # whose own business it is to put padding back
         self._check_range(inputs)
 
         config = self.config
@@ -211,16 +119,37 @@ class BertModel(BertPreTrainedModel):
         want_weights = _or(output_attentions, config.output_attentions)
         states: list[Tensor] | None = [] if want_states else None
         weights: list[Tensor] | None = [] if want_weights else None
-        found = None
-        if states is None and weights is None:
-            found = self._graphs.run(self, inputs)
-            inputs = inputs if found else inputs.by_length()
-        x, pooled = found or self._encode(inputs, states, weights)
+        crossed: list[Tensor] | None = None
+        cache = None
+        if config.is_decoder:
+            source = None
+            if encoder_hidden_states is not None:
+                source = source_of(
+                    encoder_hidden_states, encoder_attention_mask, inputs.n_seqs, config.hidden_size
+                )
+            crossed = None if weights is None else []
+            record = Record(states, weights, crossed)
+            if self._keeps(use_cache, inputs):
+                record.kept = []
+            x, cache = self.encoder(
+                self._embed(inputs), inputs, source, past_key_values, key_mask, record
+            )
+            pooled = None if self.pooler is None else self.pooler(inputs.first_tokens(x))
+        else:
+            found = None
+            if states is None and weights is None:
+                found = self._graphs.run(self, inputs)
+                inputs = inputs if found or of_head else inputs.by_length()
+            x, pooled = found or self._encode(inputs, states, weights)
+            if weights is not None:
+                weights = [inputs.restore_weights(w) for w in weights]
         out = BaseModelOutputWithPooling(
-            inputs.restore(x),
+            x if of_head else inputs.restore(x),
             pooled,
-            None if states is None else tuple(map(inputs.restore, states)),
-            None if weights is None else tuple(map(inputs.restore_weights, weights)),
+            hidden_states=None if states is None else tuple(map(inputs.restore, states)),
+            past_key_values=cache,
+            attentions=None if weights is None else tuple(weights),
+            cross_attentions=None if crossed is None else tuple(crossed),
         )
         return out if _or(return_dict, config.return_dict) else out.to_tuple()
 
@@ -231,11 +160,24 @@ class BertModel(BertPreTrainedModel):
         weights: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(n_tokens, hidden), and what the pooler makes of the first tokens."""
-        x = self.embeddings(
-            inputs.input_ids, inputs.token_type_ids, inputs.position_ids, inputs.inputs_embeds
-        )
+        x = self._embed(inputs)
         x = self.encoder(x, inputs.cu_seqlens, inputs.max_seqlen, states, weights)
         return x, None if self.pooler is None else self.pooler(inputs.first_tokens(x))
+
+    def _embed(self, inputs: EncoderInputs) -> Tensor:
+        return self.embeddings(
+            inputs.input_ids, inputs.token_type_ids, inputs.position_ids, inputs.inputs_embeds
+        )
+
+    def _keeps(self, use_cache: bool | None, inputs: EncoderInputs) -> bool:
+        """Whether a decoder's forward returns a cache."""
+        if self.training and self.is_gradient_checkpointing:
+            return False
+        if inputs.padded_shape is None:
+            if use_cache:
+                raise ValueError("use_cache=True wants padded input, got packed")
+            return False
+        return _or(use_cache, self.config.use_cache and not self.training)
 
     def _check_range(self, inputs: EncoderInputs) -> None:
         config = self.config
@@ -261,27 +203,6 @@ class BertModel(BertPreTrainedModel):
                     f"got {low if low < 0 else high}"
                 )
 
-    def _load(self, tensors: dict[str, Tensor], source: str) -> tuple[list[str], list[str]]:
-        wanted = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        may_have = HEADS if self.pooler is not None else (*HEADS, "pooler.")
-        chosen, missing, unused = match_tensors(tensors, wanted, ("pooler.",), may_have)
-        self.load_state_dict(chosen, strict=False, assign=True)
-        if missing and self.pooler is not None:
-            self.pooler.to_empty(device="cpu").apply(self._init_weights)
-            warnings.warn(
-                f"{source} has no {', '.join(missing)}: initialised afresh, so pooler_output means "
-                "nothing before training (add_pooling_layer=False leaves it out)",
-                stacklevel=3,
-            )
-        return missing, unused
-
 
 def _or(given: bool | None, default: bool) -> bool:
     return default if given is None else given
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must name a floating dtype such as 'float32', got {name!r}")
-    return dtype

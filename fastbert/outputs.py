@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastbert.decoder import KeyValueCache
 
 
 @dataclass
@@ -54,10 +57,79 @@ class BaseModelOutputWithPooling(ModelOutput):
 
     pooler_output: (n_seqs, hidden), None without a pooling layer. hidden_states: the embeddings and
     each layer's output, shaped as last_hidden_state. attentions: for each layer
-    (n_seqs, n_heads, length, length).
+    (n_seqs, n_heads, length, length). Of a decoder only: past_key_values, a KeyValueCache, and
+    cross_attentions, (n_seqs, n_heads, length, source_length).
     """
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    past_key_values: KeyValueCache | None = None
     attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
+# The heads': loss and logits first, then the encoder's. Logits of tokens are shaped as
+# last_hidden_state, with classes in place of hidden.
+
+
+@dataclass
+class BertForPreTrainingOutput(ModelOutput):
+    """prediction_logits: of tokens. seq_relationship_logits: (n_seqs, 2)."""
+
+    loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    seq_relationship_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class _LogitsOutput(ModelOutput):
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class MaskedLMOutput(_LogitsOutput):
+    """logits: of tokens; None in training with labels, unless asked for."""
+
+
+class NextSentencePredictorOutput(_LogitsOutput):
+    """logits: (n_seqs, 2)."""
+
+
+class SequenceClassifierOutput(_LogitsOutput):
+    """logits: (n_seqs, num_labels)."""
+
+
+class TokenClassifierOutput(_LogitsOutput):
+    """logits: of tokens."""
+
+
+class MultipleChoiceModelOutput(_LogitsOutput):
+    """logits: (n, n_choices)."""
+
+
+@dataclass
+class QuestionAnsweringModelOutput(ModelOutput):
+    """start_logits, end_logits: (n_seqs, length) or, packed, (n_tokens,)."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class CausalLMOutputWithCrossAttentions(ModelOutput):
+    """logits: of tokens; None in training with labels, unless asked for."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: KeyValueCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None

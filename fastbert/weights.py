@@ -94,22 +94,30 @@ def match_tensors(
     may_lack: tuple[str, ...] = (),
     may_have: tuple[str, ...] = HEADS,
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Choose the tensors that an encoder takes: (chosen, missing, unused names).
+    """Choose the tensors that a model takes: (chosen, missing, unused names).
 
-    wanted: names and shapes, without prefix. may_lack, may_have: beginnings of the names that may
-    be missing, or left over. Where any name begins with `bert.`, all the encoder's do, and what
-    does not is a head. Raises ValueError that lists every other missing, unexpected and mis-shaped
-    tensor.
+    wanted: names and shapes. Where any name begins with `bert.`, here or in `tensors`, all the
+    encoder's do, and what does not is a head. may_lack: parts of names of the encoder that may be
+    missing, as all of a head may. may_have: beginnings of those that may be left over, as other
+    heads may. Raises ValueError that lists every other missing, unexpected and mis-shaped tensor.
     """
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
-    chosen = {n: tensors[prefix + n] for n in wanted if prefix + n in tensors}
+    here, there = (
+        PREFIX if any(name.startswith(PREFIX) for name in names) else ""
+        for names in (wanted, tensors)
+    )
+    stored = {n: there + n.removeprefix(here) if n.startswith(here) else n for n in wanted}
+    chosen = {n: tensors[name] for n, name in stored.items() if name in tensors}
     missing = [n for n in wanted if n not in chosen]
-    unused = sorted(tensors.keys() - {prefix + n for n in chosen})
-    problems = [f"missing {n}" for n in missing if not n.startswith(may_lack or ("\0",))]
+    unused = sorted(tensors.keys() - {stored[n] for n in chosen})
+    problems = [
+        f"missing {n}"
+        for n in missing
+        if n.startswith(here) and not any(part in n for part in may_lack)
+    ]
     problems += [
         f"unexpected {n}"
         for n in unused
-        if n.startswith(prefix) and not n.removeprefix(prefix).startswith(may_have)
+        if n.startswith(there) and not n.removeprefix(there).startswith(may_have)
     ]
     problems += [
         f"{n} has shape {tuple(chosen[n].shape)}, wanted {tuple(wanted[n])}"

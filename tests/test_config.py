@@ -21,11 +21,37 @@ def test_reads_every_published_configuration(shared):
 
 
 def test_saved_and_read_again_is_the_same(tmp_path):
-    config = BertConfig(hidden_size=48, num_attention_heads=3, extra={"id2label": {"0": "no"}})
+    config = BertConfig(
+        hidden_size=48, num_attention_heads=3, id2label={0: "no"}, extra={"task": "x"}
+    )
     config.save_pretrained(tmp_path / "new")
     assert BertConfig.from_pretrained(tmp_path / "new") == config
-    assert config.id2label == {"0": "no"}
+    assert config.task == "x" and config.num_labels == 1
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["config.json"]
+
+
+def test_assignments_are_checked_and_saved(tmp_path):
+    config = BertConfig()
+    config.num_labels, config.task, config.use_cache = 3, "x", False
+    assert config.id2label[2] == "LABEL_2" and config.task == "x"
+    with pytest.raises(ValueError, match="hidden_size must be a whole number of at least 1, got 0"):
+        config.hidden_size = 0
+    assert config.hidden_size == 768
+    config.save_pretrained(tmp_path)
+    assert BertConfig.from_pretrained(tmp_path) == config != BertConfig()
+
+
+def test_labels_follow_from_each_other():
+    assert BertConfig(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    named = BertConfig.from_dict({"id2label": {"0": "no", "1": "maybe", "2": "yes"}})
+    assert named.num_labels == 3 and named.label2id == {"no": 0, "maybe": 1, "yes": 2}
+    assert BertConfig(label2id={"a": 0, "b": 1}).id2label == {0: "a", 1: "b"}
+    assert named.replace(id2label={0: "a"}).label2id == {"a": 0}
+    assert named.replace(num_labels=3) == named
+    assert named.replace(num_labels=2) == BertConfig()
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.BertConfig.from_dict(named.to_dict())
+    assert (theirs.num_labels, theirs.id2label) == (3, named.id2label)
 
 
 def test_changes_are_checked_again():
@@ -44,6 +70,13 @@ def test_changes_are_checked_again():
         ({"hidden_size": 100}, "hidden_size must be a multiple of num_attention_heads = 12"),
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob must be a number from 0 to 1, got 1.5"),
         ({"hidden_act": "swish"}, "hidden_act must be one of gelu, .*got 'swish'"),
+        ({"num_labels": 0}, "num_labels must be None or a whole number of at least 1, got 0"),
+        ({"classifier_dropout": 2}, "classifier_dropout must be None or a number from 0.*got 2"),
+        ({"problem_type": "ranking"}, "problem_type must be None or one of regression,.*'ranking'"),
+        (
+            {"problem_type": "single_label_classification", "num_labels": 1},
+            "num_labels of at least 2, got 1",
+        ),
         ({"pad_token_id": 30522}, "pad_token_id must be None or an id below.*got 30522"),
         ({"model_type": "roberta"}, "model_type must be 'bert', got 'roberta'"),
         ({"position_embedding_type": "relative_key"}, "must be 'absolute', got 'relative_key'"),

@@ -303,8 +303,8 @@ def test_refuses(arguments, message):
 
 
 def test_refuses_what_it_is_not():
-    with pytest.raises(ValueError, match="is_decoder must be False, got True"):
-        BertModel(BertConfig(**SMALL, is_decoder=True))
+    with pytest.raises(ValueError, match="add_cross_attention needs is_decoder=True, got False"):
+        BertModel(BertConfig(**SMALL, add_cross_attention=True))
     model = BertModel(BertConfig(**SMALL))
     packed = pack(torch.ones(1, 3).long(), torch.ones(1, 3))
     with pytest.raises(ValueError, match="give nothing beside it"):
