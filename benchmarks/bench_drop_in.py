@@ -1,4 +1,4 @@
-"""fastbert.accelerate on a CPU: a model of transformers before and after, in inference and training.
+"""fastbert.accelerate on a CPU: models of transformers before and after, inference and training.
 
 Lengths are longest * u^(1 / fill - 1) for even u from 0 to 1, in random order: fill is the share of
 real tokens. A training step is forward, backward and AdamW, with dropout, on a classifier.

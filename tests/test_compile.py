@@ -39,8 +39,9 @@ def test_compiles_whole_and_trains(model, device):
     for function in (outputs, compiled):
         out, pooled = function(model, packed)
         results.append(torch.autograd.grad(out.square().sum() + pooled.sum(), parameters))
-    for wanted, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    largest = max(gradient.abs().max() for gradient in results[0])
+    for wanted, found in zip(*results, strict=True):  # keys' biases have none but rounding
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * float(largest))
 
 
 def test_another_batch_needs_no_other_graph(model, device):
