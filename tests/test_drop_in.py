@@ -51,10 +51,10 @@ def model():
 
 @pytest.fixture
 def batch():
-    """Padding on the right, a hole, one full row; ids that some family has for padding inside."""
+    """One token; padding; a hole; a full row; an id inside that some family has for padding."""
     ids, mask = torch.randint(3, 90, (4, 11)), torch.ones(4, 11, dtype=torch.int64)
-    mask[0, 4:] = mask[1, 9:] = mask[2, 3:6] = 0
-    ids[3, 5] = ids[0, 4:] = 1
+    mask[0, 1:] = mask[1, 9:] = mask[2, 3:6] = 0
+    ids[3, 5] = ids[0, 1:] = 1
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -538,6 +538,23 @@ def test_refuses_what_has_no_encoder():
 
     with pytest.raises(ValueError, match="its forward is not that of transformers' BertModel"):
         fastbert.accelerate(Mine(transformers.BertConfig(**SIZES)))
+
+
+def test_an_error_midway_changes_nothing(monkeypatch):
+    model = nn.ModuleList([make(), make("RobertaModel", "RobertaConfig")])
+    own = drop_in.Borrowed.__init__
+
+    def failing(self, encoder, family):
+        if family.from_padding:
+            raise MemoryError
+        own(self, encoder, family)
+
+    monkeypatch.setattr(drop_in.Borrowed, "__init__", failing)
+    with pytest.raises(MemoryError):
+        fastbert.accelerate(model)
+    assert not any(map(drop_in._is_fast, model.modules()))
+    monkeypatch.undo()
+    assert list(fastbert.accelerate(model).fast) == ["0", "1"]
 
 
 def test_lora(batch):
