@@ -35,6 +35,8 @@ _READ = {
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds",
     "output_attentions", "output_hidden_states", "return_dict", *_PACKED,
 }  # fmt: skip
+# None of these is the configuration's where they are parameters, and "no" where they are **kwargs.
+_ASKED = {"output_attentions", "output_hidden_states", "return_dict"}
 # What an encoder is given and does not read: it decodes nothing and has no loss.
 _UNREAD = {"use_cache", "num_items_in_batch", "return_loss"}
 
@@ -187,7 +189,11 @@ def _fast_class(kind: Any) -> Any:
         if len(given) < len(args) + len(kwargs):
             reason = "its arguments do not fit"  # which its own code refuses
         else:
-            given = {name: value for name, value in given.items() if value is not None}
+            given = {
+                name: value
+                for name, value in given.items()
+                if value is not None or (name in _ASKED and name not in names)
+            }
             reason = _why_not(self, given) or state.renew(self).why_not()
         if reason is None:
             found = _inputs(self, state.family, given)
@@ -254,14 +260,31 @@ def _why_not(encoder: Any, given: dict[str, Any]) -> str | None:
         return "it decodes"
     if given.get("output_attentions", config.output_attentions):
         return "attention weights are asked for"
-    if not isinstance(states, bool):
-        return "single hidden states are asked for"
+    if not _knows_states(states):
+        return f"output_hidden_states is {states!r}"
     for name in given:
         if name not in _READ and name not in _UNREAD:
             return f"{name} is given"
     if any_global_hooks():
         return "there are hooks on all modules"
     return None
+
+
+def _knows_states(asked: Any) -> bool:
+    """Whether `asked`, for hidden states, is all or none, or numbers that transformers knows too."""
+    if asked is None or isinstance(asked, bool):
+        return True
+    numbers = asked if isinstance(asked, list | tuple) else [asked]
+    return _can_choose_states() and all(type(number) is int for number in numbers)
+
+
+@cache
+def _can_choose_states() -> bool:
+    try:
+        from transformers.utils.output_capturing import selected_hidden_states  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _decodes(config: Any) -> bool:
@@ -334,15 +357,18 @@ def _given_bounds(given: dict[str, Any], main: Tensor) -> tuple[Tensor, int] | s
 
 
 def _run(encoder: Any, state: _State, inputs: EncoderInputs, given: dict[str, Any]) -> Any:
-    want_states = given.get("output_hidden_states", encoder.config.output_hidden_states)
-    states: list[Tensor] | None = [] if want_states else None
+    asked = given.get("output_hidden_states", encoder.config.output_hidden_states)
+    states: list[Tensor | None] | None = [] if asked else None
+    n = len(state.borrowed.layers) + 1
+    numbers = range(n) if asked is True else [asked] if isinstance(asked, int) else asked
+    wanted = {number % n for number in numbers if -n <= number < n} if asked else set()
     if states is None:
         inputs = inputs.by_length()
     x = _embedded(encoder, state.family, inputs)
     if states is None and can_plan(x, encoder.training):
         x = infer(state.borrowed.layers, x, inputs.cu_seqlens, inputs.max_seqlen)
     else:
-        x = _through_layers(state.borrowed, x, inputs, states)
+        x = _through_layers(state.borrowed, x, inputs, states, wanted)
     out = inputs.restore(x)
     results: dict[str, Any] = {"last_hidden_state": out}
     if getattr(encoder, "pooler", None) is not None:
@@ -351,12 +377,14 @@ def _run(encoder: Any, state: _State, inputs: EncoderInputs, given: dict[str, An
             inputs.first_tokens(x)[:, None] if is_packed else out
         )
     if states is not None:
-        results["hidden_states"] = (*states, out)
+        results["hidden_states"] = (*states, out if n - 1 in wanted else None)
     import transformers.modeling_outputs
 
     output = getattr(transformers.modeling_outputs, state.family.output)(**results)
-    is_dict = given.get("return_dict", encoder.config.return_dict)
-    return output if is_dict else output.to_tuple()
+    config = encoder.config
+    default = config.return_dict and not getattr(config, "torchscript", False)  # of versions 4
+    is_dict = given.get("return_dict", default)
+    return output.to_tuple() if is_dict is False else output
 
 
 def _embedded(encoder: Any, family: Family, inputs: EncoderInputs) -> Tensor:
@@ -391,16 +419,22 @@ def _embedded(encoder: Any, family: Family, inputs: EncoderInputs) -> Tensor:
 
 
 def _through_layers(
-    borrowed: Borrowed, x: Tensor, inputs: EncoderInputs, states: list[Tensor] | None
+    borrowed: Borrowed,
+    x: Tensor,
+    inputs: EncoderInputs,
+    states: list[Tensor | None] | None,
+    wanted: set[int],
 ) -> Tensor:
+    """What the last layer makes; what those before it are given goes to `states`, where wanted."""
     cu_seqlens, max_seqlen = inputs.cu_seqlens, inputs.max_seqlen
     tiles = schedule(cu_seqlens, max_seqlen, x.shape[0]) if on_kernel_device(x) else None
     others = (cu_seqlens, max_seqlen, None, tiles)
-    for owner, layer in zip(borrowed.owners, borrowed.layers, strict=True):
+    for number, (owner, layer) in enumerate(zip(borrowed.owners, borrowed.layers, strict=True)):
         if states is not None:
-            states.append(inputs.restore(x))
-            if x.requires_grad:
-                x = inputs.take(states[-1])  # so that gradients in it are those of the output
+            kept = inputs.restore(x) if number in wanted else None
+            states.append(kept)
+            if kept is not None and x.requires_grad:
+                x = inputs.take(kept)  # so that gradients in it are those of the output
         if _must_be_called(owner):
             inner = unwrapped(owner)
             if not _is_fast(inner):
