@@ -70,10 +70,10 @@ def accelerate(model: Any) -> Acceleration:
 
     A call that the fast path cannot serve with the model's own answer takes the model's own code:
     attention weights, masks that are not (n_seqs, length), rows that begin with padding, caches,
-    tracing and compiling, hooks inside the encoder, layers made of other modules. The logger
-    "fastbert" says so once for each reason, and the report counts. `cu_seq_lens_q` and its like
-    (of transformers' DataCollatorWithFlattening) are honoured: the pooler then gives a row for each
-    sequence.
+    hooks inside the encoder, layers made of other modules. The logger "fastbert" says so once for
+    each reason, and the report counts. What is compiled or traced is the model's own code as well.
+    `cu_seq_lens_q` and its like (of transformers' DataCollatorWithFlattening) are honoured: the
+    pooler then gives a row for each sequence.
 
     Raises ValueError, and changes nothing, where there is no encoder to make fast.
     """
@@ -183,6 +183,8 @@ def _fast_class(kind: Any) -> Any:
 
     @wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return own(self, *args, **kwargs)
         state = _state_of(self)
         reason: str | None
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -254,8 +256,6 @@ def _why_not(encoder: Any, given: dict[str, Any]) -> str | None:
     """Why the model's own code must serve this call; None where the arguments are no reason."""
     config = encoder.config
     states = given.get("output_hidden_states", config.output_hidden_states)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "the call is compiled or traced"
     if _decodes(config):
         return "it decodes"
     if given.get("output_attentions", config.output_attentions):
