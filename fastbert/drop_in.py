@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import Any
@@ -30,6 +30,7 @@ from fastbert.watch import any_global_hooks, is_plain
 
 _log = logging.getLogger("fastbert")
 
+_WARN = "warn_if_padding_and_no_attention_mask"  # which encoders of transformers 4 call
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _READ = {
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds",
@@ -179,7 +180,10 @@ def _state_of(encoder: nn.Module) -> _State:
 def _fast_class(kind: Any) -> Any:
     """The class of an encoder, with another forward; so alike that nobody takes it for another."""
     own: Callable = kind.forward
-    names = tuple(inspect.signature(own).parameters)[1:]
+    parameters = _parameters(kind)
+    names = tuple(parameters)[1:]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    warns = _WARN in inspect.unwrap(own).__code__.co_names
 
     @wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -188,7 +192,8 @@ def _fast_class(kind: Any) -> Any:
         state = _state_of(self)
         reason: str | None
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if len(given) < len(args) + len(kwargs):
+        unknown = () if takes_any or given.keys() & _PACKED else given.keys() - set(names)
+        if unknown or len(given) < len(args) + len(kwargs):
             reason = "its arguments do not fit"  # which its own code refuses
         else:
             given = {
@@ -200,6 +205,8 @@ def _fast_class(kind: Any) -> Any:
         if reason is None:
             found = _inputs(self, state.family, given)
             if isinstance(found, EncoderInputs):
+                if warns and "input_ids" in given:
+                    getattr(self, _WARN)(given["input_ids"], given.get("attention_mask"))
                 return _run(self, state, found, given)
             reason = found
         state.note(self, reason)
@@ -233,6 +240,11 @@ def _fast_layer_class(kind: Any) -> Any:
     return _subclass(kind, forward=forward)
 
 
+@cache
+def _parameters(kind: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind.forward).parameters
+
+
 def _subclass(kind: Any, **methods: Callable) -> Any:
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         _, _, *rest = kind.__reduce_ex__(self, protocol)
@@ -261,7 +273,9 @@ def _why_not(encoder: Any, given: dict[str, Any]) -> str | None:
     if given.get("output_attentions", config.output_attentions):
         return "attention weights are asked for"
     if not _knows_states(states):
-        return f"output_hidden_states is {states!r}"
+        return f"output_hidden_states is {type(states).__name__}"
+    if getattr(config, "torchscript", False):
+        return "its configuration is for torchscript"
     for name in given:
         if name not in _READ and name not in _UNREAD:
             return f"{name} is given"
@@ -271,7 +285,7 @@ def _why_not(encoder: Any, given: dict[str, Any]) -> str | None:
 
 
 def _knows_states(asked: Any) -> bool:
-    """Whether `asked`, for hidden states, is all or none, or numbers that transformers knows too."""
+    """Whether `asked`, for hidden states, is all, none, or numbers that transformers knows."""
     if asked is None or isinstance(asked, bool):
         return True
     numbers = asked if isinstance(asked, list | tuple) else [asked]
@@ -381,10 +395,16 @@ def _run(encoder: Any, state: _State, inputs: EncoderInputs, given: dict[str, An
     import transformers.modeling_outputs
 
     output = getattr(transformers.modeling_outputs, state.family.output)(**results)
-    config = encoder.config
-    default = config.return_dict and not getattr(config, "torchscript", False)  # of versions 4
-    is_dict = given.get("return_dict", default)
-    return output.to_tuple() if is_dict is False else output
+    if given.get("return_dict", encoder.config.return_dict) is not False:
+        return output
+    values = output.to_tuple()
+    if (
+        "Pooling" in state.family.output
+        and "pooler_output" not in results
+        and "return_dict" in _parameters(type(encoder))
+    ):
+        values = (values[0], None, *values[1:])  # as encoders of transformers 4, for their heads
+    return values
 
 
 def _embedded(encoder: Any, family: Family, inputs: EncoderInputs) -> Tensor:
@@ -405,6 +425,13 @@ def _embedded(encoder: Any, family: Family, inputs: EncoderInputs) -> Tensor:
             parts.position_embeddings.weight, norm.weight, norm.bias,
             dropout.p if dropout.training else 0.0, norm.eps, parts.word_embeddings.padding_idx,
         )  # fmt: skip
+    elif "position_ids" not in _parameters(type(parts)) and type(parts).__module__.startswith(
+        "transformers."
+    ):
+        # DistilBERT's of transformers 4, which take columns for positions.
+        embeds = inputs.inputs_embeds
+        x = parts.word_embeddings(inputs.input_ids) if embeds is None else embeds
+        x = parts.dropout(parts.LayerNorm(x + parts.position_embeddings(inputs.position_ids)))
     else:
         args = {
             "input_ids": inputs.input_ids,
