@@ -12,14 +12,27 @@ transformers = pytest.importorskip("transformers")
 LIMIT = 2e-5  # relative, of float32
 
 
+SIZES = {
+    "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "intermediate_size": 64, "max_position_embeddings": 16, "initializer_range": 0.4,
+}  # fmt: skip
+DISTIL_SIZES = {
+    "vocab_size": 50, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64,
+    "max_position_embeddings": 16, "initializer_range": 0.4,
+}  # fmt: skip
+
+
+def make(name, **options):
+    torch.manual_seed(1)
+    kind = getattr(transformers, name)
+    sizes = DISTIL_SIZES if "Distil" in name else SIZES
+    config = kind.config_class(**sizes, attn_implementation="eager")  # which has attention weights
+    return kind(config, **options).eval()
+
+
 @pytest.fixture
 def model():
-    torch.manual_seed(1)
-    config = transformers.BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=16, initializer_range=0.4,
-    )  # fmt: skip
-    return transformers.BertModel(config).eval()
+    return make("BertModel")
 
 
 @pytest.fixture
@@ -49,7 +62,6 @@ def test_hidden_states_by_number(model, batch, asked, grad):
 @pytest.mark.parametrize("set_to", [True, False])
 def test_none_asks_for_what_it_does_in_the_model(model, batch, name, set_to):
     """Where it is a parameter, for what the configuration says; in **kwargs, for nothing."""
-    model.set_attn_implementation("eager")  # which has attention weights
     setattr(model.config, name, set_to)
     with torch.no_grad():
         wanted = model(**batch, **{name: None})
@@ -65,3 +77,65 @@ def test_configured_for_torchscript(model, batch):
         wanted = model(**batch)
         fastbert.accelerate(model)
         assert type(model(**batch)) is type(wanted)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("BertModel", {"add_pooling_layer": False}),  # in version 4 None is its second
+        ("BertForQuestionAnswering", {}),  # which hands on what is after the second
+        ("RobertaModel", {"add_pooling_layer": False}),
+        ("ElectraModel", {}),  # which never has a pooler
+        ("DistilBertForTokenClassification", {}),
+    ],
+)
+def test_tuples_without_a_pooler(batch, name, options):
+    model = make(name, **options)
+    asked = {"return_dict": False, "output_hidden_states": True}
+    with torch.no_grad():
+        wanted = model(**batch, **asked)
+        report = fastbert.accelerate(model)
+        found = model(**batch, **asked)
+    assert not report.calls and list(map(type, found)) == list(map(type, wanted))
+    real = batch["attention_mask"].bool()
+    assert relative_error(found[0][real], wanted[0][real]) < LIMIT
+    states = zip(found[-1], wanted[-1], strict=True)
+    assert all(relative_error(a[real], b[real]) < LIMIT for a, b in states)
+
+
+@pytest.mark.parametrize("name", ["BertModel", "DistilBertModel"])
+@pytest.mark.parametrize("argument", ["position_ids", "token_type_ids"])
+def test_takes_the_arguments_that_the_model_takes(batch, name, argument):
+    """In version 4 encoders have no **kwargs, and DistilBERT's no positions."""
+    model, outcomes = make(name), []
+    given = {**batch, argument: torch.zeros(2, 7, dtype=torch.int64)}
+    for _ in range(2):
+        with torch.no_grad():
+            try:
+                outcomes.append(model(**given).last_hidden_state[batch["attention_mask"].bool()])
+            except TypeError:
+                outcomes.append(None)
+        if not drop_in._is_fast(model):
+            fastbert.accelerate(model)
+    wanted, found = outcomes
+    assert (found is None) == (wanted is None)
+    assert found is None or relative_error(found, wanted) < LIMIT
+
+
+def test_warns_where_the_model_does(model, batch, monkeypatch):
+    """Of padding without a mask: version 4."""
+    seen = []
+    monkeypatch.setattr(
+        transformers.PreTrainedModel,
+        "warn_if_padding_and_no_attention_mask",
+        lambda self, ids, mask: seen.append((ids.shape, mask)),
+    )
+    counts = []
+    for _ in range(2):
+        with torch.no_grad():
+            model(batch["input_ids"])
+        counts.append(len(seen))
+        seen.clear()
+        if not drop_in._is_fast(model):
+            report = fastbert.accelerate(model)
+    assert counts[0] == counts[1] and not report.calls
