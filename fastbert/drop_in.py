@@ -397,11 +397,12 @@ def _run(encoder: Any, state: _State, inputs: EncoderInputs, given: dict[str, An
     output = getattr(transformers.modeling_outputs, state.family.output)(**results)
     if given.get("return_dict", encoder.config.return_dict) is not False:
         return output
+    kind: Any = type(encoder)
     values = output.to_tuple()
     if (
         "Pooling" in state.family.output
         and "pooler_output" not in results
-        and "return_dict" in _parameters(type(encoder))
+        and "return_dict" in _parameters(kind)
     ):
         values = (values[0], None, *values[1:])  # as encoders of transformers 4, for their heads
     return values
@@ -411,6 +412,10 @@ def _embedded(encoder: Any, family: Family, inputs: EncoderInputs) -> Tensor:
     """(n_tokens, hidden): what the first layer is given."""
     parts = encoder.embeddings
     tables = (parts.word_embeddings, parts.position_embeddings)
+    kind: Any = type(parts)
+    # DistilBERT's of transformers 4 take columns for positions: those of packed tokens are others.
+    is_own = kind.__module__.startswith("transformers.")
+    of_columns = is_own and "position_ids" not in _parameters(kind)
     if (
         family.has_types
         and inputs.input_ids is not None
@@ -425,10 +430,7 @@ def _embedded(encoder: Any, family: Family, inputs: EncoderInputs) -> Tensor:
             parts.position_embeddings.weight, norm.weight, norm.bias,
             dropout.p if dropout.training else 0.0, norm.eps, parts.word_embeddings.padding_idx,
         )  # fmt: skip
-    elif "position_ids" not in _parameters(type(parts)) and type(parts).__module__.startswith(
-        "transformers."
-    ):
-        # DistilBERT's of transformers 4, which take columns for positions.
+    elif of_columns:
         embeds = inputs.inputs_embeds
         x = parts.word_embeddings(inputs.input_ids) if embeds is None else embeds
         x = parts.dropout(parts.LayerNorm(x + parts.position_embeddings(inputs.position_ids)))
