@@ -82,6 +82,25 @@ struct Avx2 {
              other[0] | static_cast<uint64_t>(other[1]) << 32};
   }
 };
+
+struct Avx512 {
+  [[gnu::target("avx512f,avx512bw")]] static __m512i all(char c) { return _mm512_set1_epi8(c); }
+  // Bytes from `low` to `low` + `more`.
+  [[gnu::target("avx512f,avx512bw")]] static __mmask64 within(__m512i v, char low, char more) {
+    return _mm512_cmple_epu8_mask(_mm512_sub_epi8(v, all(low)), all(more));
+  }
+
+  [[gnu::target("avx512f,avx512bw")]] static void block(const char* text, bool lower, char* copy,
+                                                        Block& block) {
+    const __m512i v = _mm512_loadu_si512(text);
+    const __mmask64 word = within(_mm512_or_si512(v, all(0x20)), 'a', 25) | within(v, '0', 9);
+    const __mmask64 space = within(v, '\t', 1) | _mm512_cmpeq_epi8_mask(v, all('\r'));
+    const __mmask64 plain = within(v, ' ', 0x7E - ' ') | space;
+    const __mmask64 upper = lower ? within(v, 'A', 25) : 0;
+    _mm512_storeu_si512(copy, _mm512_mask_add_epi8(v, upper, v, all(0x20)));
+    block = {plain & ~word, ~plain};
+  }
+};
 #endif
 
 // Kind::block does one block.
@@ -106,13 +125,23 @@ Classify find_classify(const char* name) {
   if (std::string_view(name) == "plain") return classify<Plain>;
 #if defined(__x86_64__)
   if (std::string_view(name) == "avx2" && __builtin_cpu_supports("avx2")) return classify<Avx2>;
+  if (std::string_view(name) == "avx512" && __builtin_cpu_supports("avx512bw")) {
+    return classify<Avx512>;
+  }
 #endif
   return nullptr;
 }
 
 Classify best_classify() {
-  const Classify avx2 = find_classify("avx2");
-  return avx2 != nullptr ? avx2 : find_classify("plain");
+  for (const char* name : {"avx512", "avx2"}) {
+    if (const Classify found = find_classify(name); found != nullptr) return found;
+  }
+  return find_classify("plain");
+}
+
+const char* best_instructions() {
+  if (find_classify("avx512") != nullptr) return "AVX-512";
+  return find_classify("avx2") != nullptr ? "AVX2" : "no special ones";
 }
 
 }  // namespace fastbert

@@ -22,7 +22,10 @@ using Classify = void (*)(const char* text, size_t size, bool lower, char* copy,
 // The fastest one that this CPU runs. All do the same.
 Classify best_classify();
 
-// For tests: by name, "plain" or "avx2"; nullptr where this CPU does not run it.
+// What that one is made of, for people to read.
+const char* best_instructions();
+
+// For tests: by name, "plain", "avx2" or "avx512"; nullptr where this CPU does not run it.
 Classify find_classify(const char* name);
 
 }  // namespace fastbert

@@ -437,7 +437,6 @@ PYBIND11_MODULE(_tokenizer, m) {
            py::arg("split_special_tokens"), py::arg("truncate_left"));
 
   m.def("n_available_cpus", &n_available_cpus);
-  m.def("instructions",
-        [] { return best_classify() == find_classify("avx2") ? "AVX2" : "no special ones"; });
+  m.def("instructions", &best_instructions);
   bind_vocab_trainer(m);
 }

@@ -218,6 +218,9 @@ class Borrowed:
         """Why the encoder cannot be computed by what is borrowed; None where it can."""
         for name, reason in self.reasons.items():
             return f"{name}: {reason}"
+        if any("forward" in attributes for attributes in self._structure.attributes):
+            replaced = (name for name, m in self._named.items() if "forward" in vars(m))
+            return f"the forward of {next(replaced)} was replaced"
         if any(self._structure.hooks):
             for name, module in self._named.items():
                 for hook in (h for hooks in hooks_of(module, "") for h in hooks.values()):

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from accuracy import relative_error
+from accuracy import assert_as_accurate, relative_error
 from torch import nn
 
 import fastbert
@@ -268,10 +268,6 @@ def test_copies_are_fast_too(model, batch, tmp_path):
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    replica = model._replicate_for_data_parallel()
-    for module, own in zip(replica.modules(), model.modules(), strict=False):
-        for name, value in own._parameters.items():
-            setattr(module, name, value)
     copies = [copy.deepcopy(model), torch.load(file, weights_only=False)]
     for made in copies:
         assert drop_in._is_fast(made)
@@ -282,13 +278,61 @@ def test_copies_are_fast_too(model, batch, tmp_path):
         assert not calls_of(made)
         fastbert.restore(made)
         assert type(made) is transformers.BertModel
-    assert drop_in._is_fast(model) and drop_in._is_fast(replica)
+    assert drop_in._is_fast(model)
     model.save_pretrained(tmp_path)
     again = transformers.BertModel.from_pretrained(tmp_path)
     assert again.config.architectures == ["BertModel"]
     assert all(
         torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True)
     )
+
+
+def replicated(module):
+    """As torch.nn.parallel.replicate makes them: parameters are plain tensors of the replica."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = None if child is None else replicated(child)
+    for name, value in module._parameters.items():
+        setattr(replica, name, value * 1.0)
+    return replica
+
+
+def test_replicas(model, batch):
+    wanted = model(**batch).last_hidden_state
+    fastbert.accelerate(model)
+    replica = replicated(model)
+    assert drop_in._is_fast(replica)
+    found = replica(**batch).last_hidden_state
+    real = batch["attention_mask"].bool()
+    assert relative_error(found[real], wanted[real]) < LIMIT and not calls_of(replica)
+    found[real].pow(2).sum().backward()
+    assert model.encoder.layer[2].output.dense.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_forward_that_was_replaced(model, batch):
+    """As Hugging Face's accelerate does it to bring weights in when they are needed."""
+    report = fastbert.accelerate(model)
+    dense = model.encoder.layer[1].output.dense
+    own = dense.forward
+    dense.forward = lambda x: 2 * own(x)
+    found = model(**batch).last_hidden_state
+    assert report.calls == {"the forward of encoder.layer.1.output.dense was replaced": 1}
+    fastbert.restore(model)
+    assert torch.equal(model(**batch).last_hidden_state, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision(model, batch, dtype):
+    exact = copy.deepcopy(model).double()(**batch).last_hidden_state
+    model.to(dtype)
+    own = model(**batch).last_hidden_state
+    report = fastbert.accelerate(model)
+    found = model(**batch).last_hidden_state
+    real = batch["attention_mask"].bool()
+    assert_as_accurate(found[real], own[real], exact[real])
+    assert not report.calls
 
 
 @torch.no_grad()

@@ -1,0 +1,87 @@
+"""fastbert.accelerate on a CPU: a model of transformers before and after, in inference and training.
+
+Lengths are longest * u^(1 / fill - 1) for even u from 0 to 1, in random order: fill is the share of
+real tokens. A training step is forward, backward and AdamW, with dropout, on a classifier.
+"""
+
+import pytest
+import torch
+from bench_encoder import batches
+from peers import minilm_folder
+
+import fastbert
+
+transformers = pytest.importorskip("transformers")
+
+
+def lengths_at(fill, n_seqs, longest=128):
+    u = (torch.arange(n_seqs) + 0.5) / n_seqs
+    lengths = (longest * u ** (1 / fill - 1)).round().clamp(min=3).int()
+    lengths[-1] = longest
+    return lengths[torch.randperm(n_seqs, generator=torch.Generator().manual_seed(0))].tolist()
+
+
+# name: (model, lengths)
+WORKLOADS = {
+    "MiniLM-L6, 32 of up to 128, fill 0.25": ("minilm", lengths_at(0.25, 32)),
+    "MiniLM-L6, 32 of up to 128, fill 0.5": ("minilm", lengths_at(0.5, 32)),
+    "MiniLM-L6, 32 x 128": ("minilm", [128] * 32),
+    "MiniLM-L6, 1 x 128": ("minilm", [128]),
+    "MiniLM-L6, 1 x 16": ("minilm", [16]),
+    "BERT-base, 16 of up to 128, fill 0.25": ("base", lengths_at(0.25, 16)),
+    "BERT-base, 16 of up to 128, fill 0.5": ("base", lengths_at(0.5, 16)),
+    "BERT-base, 16 x 128": ("base", [128] * 16),
+    "BERT-base, 1 x 128": ("base", [128]),
+    "BERT-base, 1 x 16": ("base", [16]),
+}
+
+
+def classifier(name):
+    torch.manual_seed(0)
+    options = {"num_labels": 2, "attn_implementation": "sdpa"}
+    kind = transformers.BertForSequenceClassification
+    if name == "minilm":
+        return kind.from_pretrained(minilm_folder(), **options)
+    config = transformers.BertConfig(num_labels=2)
+    return kind._from_config(config, attn_implementation="sdpa")
+
+
+@pytest.mark.parametrize("provider", ["transformers sdpa", "accelerated"])
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("step", ["inference", "training step"])
+def bench_drop_in(timed, step, workload, provider):
+    name, lengths = WORKLOADS[workload]
+    model = classifier(name)
+    ((ids, mask),) = batches(lengths, len(lengths))
+    labels = torch.arange(len(lengths)) % 2
+    with torch.inference_mode():
+        wanted = model.eval()(ids, attention_mask=mask).logits
+        if provider == "accelerated":
+            report = fastbert.accelerate(model)
+            error = (
+                model(ids, attention_mask=mask).logits - wanted
+            ).abs().max() / wanted.abs().max()
+            assert error < 1e-4 and not report.calls
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    repeats = max(1, 1000 // mask.numel())  # short calls: several to a measurement
+
+    def infer():
+        with torch.inference_mode():
+            for _ in range(repeats):
+                model(ids, attention_mask=mask)
+
+    def train():
+        for _ in range(repeats):
+            model(ids, attention_mask=mask, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model.train(step == "training step")
+    timed(
+        infer if step == "inference" else train,
+        f"accelerate, {step}, {workload}",
+        provider=provider,
+        rounds=5 if name == "base" else 15,
+        tokens=sum(lengths) * repeats,
+        padding=1 - sum(lengths) / mask.numel(),
+    )
