@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import Any
@@ -30,11 +30,14 @@ from fastbert.watch import any_global_hooks, is_plain
 
 _log = logging.getLogger("fastbert")
 
+_WARN = "warn_if_padding_and_no_attention_mask"  # which encoders of transformers 4 call
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _READ = {
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds",
     "output_attentions", "output_hidden_states", "return_dict", *_PACKED,
 }  # fmt: skip
+# None of these is the configuration's where they are parameters, and "no" where they are **kwargs.
+_ASKED = {"output_attentions", "output_hidden_states", "return_dict"}
 # What an encoder is given and does not read: it decodes nothing and has no loss.
 _UNREAD = {"use_cache", "num_items_in_batch", "return_loss"}
 
@@ -177,7 +180,10 @@ def _state_of(encoder: nn.Module) -> _State:
 def _fast_class(kind: Any) -> Any:
     """The class of an encoder, with another forward; so alike that nobody takes it for another."""
     own: Callable = kind.forward
-    names = tuple(inspect.signature(own).parameters)[1:]
+    parameters = _parameters(kind)
+    names = tuple(parameters)[1:]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    warns = _WARN in inspect.unwrap(own).__code__.co_names
 
     @wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -186,14 +192,21 @@ def _fast_class(kind: Any) -> Any:
         state = _state_of(self)
         reason: str | None
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if len(given) < len(args) + len(kwargs):
+        unknown = () if takes_any or given.keys() & _PACKED else given.keys() - set(names)
+        if unknown or len(given) < len(args) + len(kwargs):
             reason = "its arguments do not fit"  # which its own code refuses
         else:
-            given = {name: value for name, value in given.items() if value is not None}
+            given = {
+                name: value
+                for name, value in given.items()
+                if value is not None or (name in _ASKED and name not in names)
+            }
             reason = _why_not(self, given) or state.renew(self).why_not()
         if reason is None:
             found = _inputs(self, state.family, given)
             if isinstance(found, EncoderInputs):
+                if warns and "input_ids" in given:
+                    getattr(self, _WARN)(given["input_ids"], given.get("attention_mask"))
                 return _run(self, state, found, given)
             reason = found
         state.note(self, reason)
@@ -227,6 +240,11 @@ def _fast_layer_class(kind: Any) -> Any:
     return _subclass(kind, forward=forward)
 
 
+@cache
+def _parameters(kind: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind.forward).parameters
+
+
 def _subclass(kind: Any, **methods: Callable) -> Any:
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         _, _, *rest = kind.__reduce_ex__(self, protocol)
@@ -254,14 +272,33 @@ def _why_not(encoder: Any, given: dict[str, Any]) -> str | None:
         return "it decodes"
     if given.get("output_attentions", config.output_attentions):
         return "attention weights are asked for"
-    if not isinstance(states, bool):
-        return "single hidden states are asked for"
+    if not _knows_states(states):
+        return f"output_hidden_states is {type(states).__name__}"
+    if getattr(config, "torchscript", False):
+        return "its configuration is for torchscript"
     for name in given:
         if name not in _READ and name not in _UNREAD:
             return f"{name} is given"
     if any_global_hooks():
         return "there are hooks on all modules"
     return None
+
+
+def _knows_states(asked: Any) -> bool:
+    """Whether `asked`, for hidden states, is all, none, or numbers that transformers knows."""
+    if asked is None or isinstance(asked, bool):
+        return True
+    numbers = asked if isinstance(asked, list | tuple) else [asked]
+    return _can_choose_states() and all(type(number) is int for number in numbers)
+
+
+@cache
+def _can_choose_states() -> bool:
+    try:
+        from transformers.utils.output_capturing import selected_hidden_states  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _decodes(config: Any) -> bool:
@@ -334,15 +371,18 @@ def _given_bounds(given: dict[str, Any], main: Tensor) -> tuple[Tensor, int] | s
 
 
 def _run(encoder: Any, state: _State, inputs: EncoderInputs, given: dict[str, Any]) -> Any:
-    want_states = given.get("output_hidden_states", encoder.config.output_hidden_states)
-    states: list[Tensor] | None = [] if want_states else None
+    asked = given.get("output_hidden_states", encoder.config.output_hidden_states)
+    states: list[Tensor | None] | None = [] if asked else None
+    n = len(state.borrowed.layers) + 1
+    numbers = range(n) if asked is True else [asked] if isinstance(asked, int) else asked
+    wanted = {number % n for number in numbers if -n <= number < n} if asked else set()
     if states is None:
         inputs = inputs.by_length()
     x = _embedded(encoder, state.family, inputs)
     if states is None and can_plan(x, encoder.training):
         x = infer(state.borrowed.layers, x, inputs.cu_seqlens, inputs.max_seqlen)
     else:
-        x = _through_layers(state.borrowed, x, inputs, states)
+        x = _through_layers(state.borrowed, x, inputs, states, wanted)
     out = inputs.restore(x)
     results: dict[str, Any] = {"last_hidden_state": out}
     if getattr(encoder, "pooler", None) is not None:
@@ -351,18 +391,31 @@ def _run(encoder: Any, state: _State, inputs: EncoderInputs, given: dict[str, An
             inputs.first_tokens(x)[:, None] if is_packed else out
         )
     if states is not None:
-        results["hidden_states"] = (*states, out)
+        results["hidden_states"] = (*states, out if n - 1 in wanted else None)
     import transformers.modeling_outputs
 
     output = getattr(transformers.modeling_outputs, state.family.output)(**results)
-    is_dict = given.get("return_dict", encoder.config.return_dict)
-    return output if is_dict else output.to_tuple()
+    if given.get("return_dict", encoder.config.return_dict) is not False:
+        return output
+    kind: Any = type(encoder)
+    values = output.to_tuple()
+    if (
+        "Pooling" in state.family.output
+        and "pooler_output" not in results
+        and "return_dict" in _parameters(kind)
+    ):
+        values = (values[0], None, *values[1:])  # as encoders of transformers 4, for their heads
+    return values
 
 
 def _embedded(encoder: Any, family: Family, inputs: EncoderInputs) -> Tensor:
     """(n_tokens, hidden): what the first layer is given."""
     parts = encoder.embeddings
     tables = (parts.word_embeddings, parts.position_embeddings)
+    kind: Any = type(parts)
+    # DistilBERT's of transformers 4 take columns for positions: those of packed tokens are others.
+    is_own = kind.__module__.startswith("transformers.")
+    of_columns = is_own and "position_ids" not in _parameters(kind)
     if (
         family.has_types
         and inputs.input_ids is not None
@@ -377,6 +430,10 @@ def _embedded(encoder: Any, family: Family, inputs: EncoderInputs) -> Tensor:
             parts.position_embeddings.weight, norm.weight, norm.bias,
             dropout.p if dropout.training else 0.0, norm.eps, parts.word_embeddings.padding_idx,
         )  # fmt: skip
+    elif of_columns:
+        embeds = inputs.inputs_embeds
+        x = parts.word_embeddings(inputs.input_ids) if embeds is None else embeds
+        x = parts.dropout(parts.LayerNorm(x + parts.position_embeddings(inputs.position_ids)))
     else:
         args = {
             "input_ids": inputs.input_ids,
@@ -391,16 +448,22 @@ def _embedded(encoder: Any, family: Family, inputs: EncoderInputs) -> Tensor:
 
 
 def _through_layers(
-    borrowed: Borrowed, x: Tensor, inputs: EncoderInputs, states: list[Tensor] | None
+    borrowed: Borrowed,
+    x: Tensor,
+    inputs: EncoderInputs,
+    states: list[Tensor | None] | None,
+    wanted: set[int],
 ) -> Tensor:
+    """What the last layer makes; what those before it are given goes to `states`, where wanted."""
     cu_seqlens, max_seqlen = inputs.cu_seqlens, inputs.max_seqlen
     tiles = schedule(cu_seqlens, max_seqlen, x.shape[0]) if on_kernel_device(x) else None
     others = (cu_seqlens, max_seqlen, None, tiles)
-    for owner, layer in zip(borrowed.owners, borrowed.layers, strict=True):
+    for number, (owner, layer) in enumerate(zip(borrowed.owners, borrowed.layers, strict=True)):
         if states is not None:
-            states.append(inputs.restore(x))
-            if x.requires_grad:
-                x = inputs.take(states[-1])  # so that gradients in it are those of the output
+            kept = inputs.restore(x) if number in wanted else None
+            states.append(kept)
+            if kept is not None and x.requires_grad:
+                x = inputs.take(kept)  # so that gradients in it are those of the output
         if _must_be_called(owner):
             inner = unwrapped(owner)
             if not _is_fast(inner):
