@@ -1,6 +1,8 @@
 """accelerate and restore: transformers' models give their own answers, by another way."""
 
+import contextlib
 import copy
+import inspect
 import io
 import logging
 import threading
@@ -62,6 +64,12 @@ def calls_of(model):
     """How often encoders in it took their own code, by reason."""
     states = [drop_in._STATES.get(module) for module in model.modules()]
     return sum((state.calls for state in states if state is not None), Counter())
+
+
+def takes(model, given):
+    """Whether the model's forward has these arguments, which differs between versions."""
+    parameters = inspect.signature(model.forward).parameters
+    return "kwargs" in parameters or given.keys() <= parameters.keys()
 
 
 def assert_alike(found, wanted, mask=None):
@@ -132,6 +140,7 @@ def test_other_inputs(name, changes, batch):
     if name == "BertModel":
         types = torch.randint(0, 2, (4, 11))
         cases.append({"input_ids": ids, "attention_mask": mask, "token_type_ids": types})
+    cases = [case for case in cases if takes(model, case)]
     with torch.no_grad():
         wanted = [model(**case) for case in cases]
         report = fastbert.accelerate(model)
@@ -168,7 +177,10 @@ def masked_row(batch):
 @torch.no_grad()
 def test_own_code_where_it_must(model, batch, change, reason, caplog):
     model.set_attn_implementation("eager")
-    wanted = model(**change(batch))
+    try:
+        wanted = model(**change(batch))
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"this transformers refuses it: {error}")
     report = fastbert.accelerate(model)
     with caplog.at_level(logging.WARNING, "fastbert"):
         for _ in range(2):
@@ -178,15 +190,16 @@ def test_own_code_where_it_must(model, batch, change, reason, caplog):
         assert all(torch.equal(a, b) and not a.isnan().any() for a, b in pairs)
     ((said, n),) = report.calls.items()
     assert reason in said and n == 2 and reason in str(report)
-    assert len(caplog.records) == 1 and reason in caplog.text
+    (record,) = (record for record in caplog.records if record.name == "fastbert")
+    assert reason in record.getMessage()
 
 
 def test_refuses_what_the_model_refuses(model, batch):
     embeds, outcomes = torch.zeros(4, 11, 32), []
     fastbert.accelerate(model)
-    with pytest.raises(ValueError, match=r"exactly one of input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match=r"input_ids (or|and) inputs_embeds"):
         model(**batch, inputs_embeds=embeds)
-    with pytest.raises(ValueError, match=r"exactly one of input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match=r"input_ids (or|and) inputs_embeds"):
         model()
     with pytest.raises(TypeError, match="multiple values"):
         model(batch["input_ids"], input_ids=batch["input_ids"])
@@ -378,14 +391,16 @@ def test_packed_arguments_of_transformers(name):
     }  # fmt: skip
     wanted = sequences_alone(model, ids, lengths)
     poolers = [model(x[None]).get("pooler_output") for x in ids.split(lengths)]
-    assert relative_error(model(**given).last_hidden_state[0], wanted) > 0.01
+    if takes(model, given):
+        assert relative_error(model(**given).last_hidden_state[0], wanted) > 0.01
     report = fastbert.accelerate(model)
     found = model(**given)
     assert relative_error(found.last_hidden_state[0], wanted) < LIMIT
     if poolers[0] is not None:
         assert relative_error(found.pooler_output, torch.cat(poolers)) < LIMIT
     assert not report.calls
-    model(**{**given, "cu_seq_lens_q": bounds + 1, "cu_seq_lens_k": bounds + 1})
+    with contextlib.suppress(TypeError):  # where the model itself takes no such argument
+        model(**{**given, "cu_seq_lens_q": bounds + 1, "cu_seq_lens_k": bounds + 1})
     assert report.calls == {"cu_seq_lens_q does not rise from 0 to 15": 1}
 
 
