@@ -88,6 +88,17 @@ def on_kernel_device(x: Tensor) -> bool:
     return x.dtype in DTYPES and why_not(x.device) is None
 
 
+def allows_tf32() -> bool:
+    """Whether products of float32 on a GPU may round what is multiplied to TF32.
+
+    As torch is told by set_float32_matmul_precision and allow_tf32, or since 2.9 by fp32_precision,
+    after which asking for either of the former is an error.
+    """
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
 # (operation, device) to the error with which its kernels could not be compiled there.
 failures: dict[tuple[str, str], str] = {}
 

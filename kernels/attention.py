@@ -25,7 +25,7 @@ from fastbert.kernels._attention_ref import (
     runs_of,
 )
 from fastbert.kernels._dropout import draw_seed, dropout_arguments
-from fastbert.kernels._triton import next_power_of_2, on_kernel_device, rows_of, run
+from fastbert.kernels._triton import allows_tf32, next_power_of_2, on_kernel_device, rows_of, run
 
 __all__ = [
     "Schedule",
@@ -241,11 +241,10 @@ def _has_kernel(q: Tensor, k: Tensor, scale: float) -> bool:
 
 def _constants(x: Tensor, causal: bool, seed: Tensor | None) -> dict[str, Any]:
     """What each kernel is compiled for."""
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return {
         "IS_CAUSAL": causal,
         "HAS_DROPOUT": seed is not None,
-        "PRECISION": precision,
+        "PRECISION": "tf32" if allows_tf32() else "ieee",
         "HEAD_DIM": x.shape[-1],
         "BLOCK_D": next_power_of_2(x.shape[-1]),
     }
