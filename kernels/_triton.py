@@ -88,6 +88,21 @@ def on_kernel_device(x: Tensor) -> bool:
     return x.dtype in DTYPES and why_not(x.device) is None
 
 
+@cache
+def architecture(device: torch.device) -> str:
+    """What launches are chosen by: "hopper", "ampere" or "amd".
+
+    hopper: NVIDIA's data centre GPUs since the H100, whose matrix units read shared memory, 227 KiB
+    of it; and where kernels are interpreted. ampere: all others of NVIDIA, from 99 KiB on. amd: 64
+    KiB.
+    """
+    if device.type != "cuda":
+        return "hopper"
+    if torch.version.hip is not None:
+        return "amd"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
+
+
 def allows_tf32() -> bool:
     """Whether products of float32 on a GPU may round what is multiplied to TF32.
 
