@@ -2,6 +2,7 @@ import pytest
 import torch
 from accuracy import KERNEL_DTYPES, assert_as_accurate, assert_matches
 
+from fastbert.kernels import attention as module
 from fastbert.kernels._dropout import is_kept_ref
 from fastbert.kernels.attention import (
     _attention_backward_op,
@@ -245,7 +246,8 @@ def test_other_sequences_and_reruns_change_no_bit(lengths, device):
 
 # The joined tensor; keys of another text and dropout, with what programs work on made before.
 @pytest.mark.parametrize("is_cross", [False, True])
-def test_operations_are_what_torch_takes_them_for(is_cross, device):
+def test_operations(is_cross, device):
+    """What torch asks of them: schema, fake, autograd, tracing with symbolic shapes."""
     bounds, key_bounds = cu([5, 0, 12]).to(device), cu([7, 3, 4]).to(device)
     if is_cross:
         tensors = [torch.randn(n, 2, 16, device=device) for n in (17, 14, 14)]
@@ -261,3 +263,22 @@ def test_operations_are_what_torch_takes_them_for(is_cross, device):
     dout = torch.randn_like(out)
     args = (dout, *tensors, out, lse, bounds, key_bounds, *numbers)
     torch.library.opcheck(_attention_backward_op, args)
+
+
+# Where these take more kernels for short sequences than others do.
+@pytest.mark.parametrize(
+    "name, head_dim, lengths",
+    [("ampere", 128, [50, 9]), ("ampere", 128, [100, 9]), ("amd", 64, [100, 9])],
+)
+def test_launches_of_other_architectures(name, head_dim, lengths, device, monkeypatch):
+    monkeypatch.setattr(module, "architecture", lambda device: name)
+    bounds = cu(lengths).to(device)
+    qkv = torch.randn(sum(lengths), 3, 2, head_dim, device=device).half()
+
+    def kernel(qkv):
+        return attention(qkv, bounds, max(lengths), causal=True)
+
+    def reference(qkv):
+        return attention_ref(*qkv.unbind(1), bounds, max(lengths), causal=True)
+
+    assert_matches(kernel, reference, qkv)

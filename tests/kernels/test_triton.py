@@ -11,7 +11,7 @@ import torch
 
 from fastbert.cli import kernel_status
 from fastbert.kernels import _triton
-from fastbert.kernels._triton import Kernel, allows_tf32, jit, run, tl, why_not
+from fastbert.kernels._triton import Kernel, allows_tf32, architecture, jit, run, tl, why_not
 
 
 @jit("n")
@@ -54,6 +54,24 @@ def test_why_no_kernel_runs(monkeypatch):
     )
     monkeypatch.setattr(_triton, "find_spec", lambda name: None)
     assert why_not(torch.device("cuda", 63)) == "triton is not installed"
+
+
+@pytest.mark.parametrize(
+    "capability, hip, wanted",
+    [
+        ((8, 0), None, "ampere"),
+        ((8, 9), None, "ampere"),
+        ((9, 0), None, "hopper"),
+        ((10, 3), None, "hopper"),
+        ((12, 0), None, "ampere"),  # Blackwell without a data centre's matrix units
+        ((9, 4), "6.4", "amd"),
+    ],
+)
+def test_architecture(capability, hip, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert architecture.__wrapped__(torch.device("cuda", 0)) == wanted
+    assert architecture(torch.device("cpu")) == "hopper"
 
 
 @pytest.fixture
