@@ -58,7 +58,7 @@ CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 166_912, ("mma.sync",), "ampere"),
     "sm_89": Chip(GPUTarget("cuda", 89, 32), 101_376, ("mma.sync",), "ampere"),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 232_448, ("wgmma.mma_async", "mma.sync"), "hopper"),
-    "sm_100": Chip(GPUTarget("cuda", 100, 32), 232_448, ("tcgen05.mma", "mma.sync"), "hopper"),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 232_448, ("tcgen05.mma", "mma.sync"), "blackwell"),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 65_536, ("v_mfma",), "amd"),
 }
 # Bytes of a thread's registers that may go to memory. Where it is not 0, the kernel says why.

@@ -90,17 +90,18 @@ def on_kernel_device(x: Tensor) -> bool:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """What launches are chosen by: "hopper", "ampere" or "amd".
+    """What launches are chosen by.
 
-    hopper: NVIDIA's data centre GPUs since the H100, whose matrix units read shared memory, 227 KiB
-    of it; and where kernels are interpreted. ampere: all others of NVIDIA, from 99 KiB on. amd: 64
-    KiB.
+    "hopper" and "blackwell": NVIDIA's data centre GPUs since the H100 and since the B200, with 227
+    KiB of shared memory, from which they multiply; the first also where kernels are interpreted.
+    "ampere": all others of NVIDIA, with 99 KiB or more, which multiply from registers. "amd": 64.
     """
     if device.type != "cuda":
         return "hopper"
     if torch.version.hip is not None:
         return "amd"
-    return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "hopper", 10: "blackwell"}.get(major, "ampere")
 
 
 def allows_tf32() -> bool:

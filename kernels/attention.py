@@ -74,7 +74,13 @@ _LAUNCHES = {
         (4, 64, _Launches(64, 64, _Launch(32, 8, 1), _Launch(32, 8, 1), _Launch(32, 8, 1))),
         (4, 128, _Launches(64, 0, _Launch(32, 8, 1), _Launch(16, 8, 1), _Launch(16, 8, 1))),
     ),
-    # What is multiplied is in registers too.
+    "blackwell": (
+        (2, 32, _Launches(128, 128, _Launch(128, 8, 2), _Launch(64, 8, 2), _Launch(64, 8, 2))),
+        (2, 64, _Launches(128, 64, _Launch(64, 8, 2), _Launch(64, 8, 2), _Launch(64, 8, 2))),
+        (2, 128, _Launches(128, 0, _Launch(64, 8, 2), _Launch(32, 8, 2), _Launch(32, 8, 2))),
+        (4, 64, _Launches(64, 64, _Launch(32, 8, 1), _Launch(32, 8, 1), _Launch(32, 8, 1))),
+        (4, 128, _Launches(64, 0, _Launch(32, 8, 1), _Launch(16, 8, 1), _Launch(16, 8, 1))),
+    ),
     "ampere": (
         (2, 32, _Launches(128, 64, _Launch(128, 8, 2), _Launch(64, 8, 2), _Launch(64, 8, 2))),
         (2, 64, _Launches(128, 64, _Launch(128, 8, 2), _Launch(64, 8, 2), _Launch(32, 8, 2))),

@@ -62,7 +62,7 @@ def test_why_no_kernel_runs(monkeypatch):
         ((8, 0), None, "ampere"),
         ((8, 9), None, "ampere"),
         ((9, 0), None, "hopper"),
-        ((10, 3), None, "hopper"),
+        ((10, 3), None, "blackwell"),
         ((12, 0), None, "ampere"),  # Blackwell without a data centre's matrix units
         ((9, 4), "6.4", "amd"),
     ],
