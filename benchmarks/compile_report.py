@@ -222,7 +222,7 @@ def main():
     parser.add_argument("--json", type=Path, default=Path(".benchmarks/compile-report.json"))
     parser.add_argument("--only", default="", help="benchmarks whose name has this (regex)")
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=CHIPS)
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16"], choices=DTYPES)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
 

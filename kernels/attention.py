@@ -65,7 +65,7 @@ class _Launches:
 
 
 # By architecture, bytes of a number and largest head_dim. Chosen by what the compile report shows,
-# so that no kernel spills; not measured.
+# so that no kernel of 16 bits spills; not measured.
 _LAUNCHES = {
     "hopper": (
         (2, 32, _Launches(128, 128, _Launch(128, 8, 2), _Launch(64, 8, 2), _Launch(64, 8, 2))),
