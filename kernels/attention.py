@@ -89,8 +89,8 @@ _LAUNCHES = {
         (4, 128, _Launches(64, 0, _Launch(32, 8, 1), _Launch(16, 8, 1), _Launch(16, 8, 1))),
     ),
     "amd": (
-        (2, 32, _Launches(128, 64, _Launch(128, 8, 2), _Launch(64, 8, 2), _Launch(16, 8, 1))),
-        (2, 64, _Launches(128, 64, _Launch(128, 8, 2), _Launch(64, 8, 1), _Launch(16, 8, 1))),
+        (2, 32, _Launches(128, 64, _Launch(64, 8, 2), _Launch(64, 8, 2), _Launch(16, 8, 1))),
+        (2, 64, _Launches(128, 64, _Launch(64, 8, 2), _Launch(64, 8, 1), _Launch(16, 8, 1))),
         (2, 128, _Launches(64, 64, _Launch(64, 8, 2), _Launch(32, 8, 1), _Launch(16, 8, 1))),
         (4, 64, _Launches(64, 64, _Launch(32, 8, 1), _Launch(32, 8, 1), _Launch(32, 8, 1))),
         (4, 128, _Launches(64, 0, _Launch(32, 8, 1), _Launch(16, 8, 1), _Launch(16, 8, 1))),
