@@ -17,6 +17,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from pkgutil import iter_modules
@@ -33,7 +34,7 @@ from triton.runtime.jit import JITFunction
 import fastbert.kernels
 from fastbert.kernels import _triton
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1",
     torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
@@ -46,6 +47,7 @@ class Chip:
     target: GPUTarget
     shared: int  # bytes a block may have
     products: tuple[str, ...]  # matrix instructions, the best first
+    architecture: str  # what launches are chosen by
 
     @property
     def is_nvidia(self):
@@ -53,11 +55,11 @@ class Chip:
 
 
 CHIPS = {
-    "sm_80": Chip(GPUTarget("cuda", 80, 32), 166_912, ("mma.sync",)),
-    "sm_89": Chip(GPUTarget("cuda", 89, 32), 101_376, ("mma.sync",)),
-    "sm_90": Chip(GPUTarget("cuda", 90, 32), 232_448, ("wgmma.mma_async", "mma.sync")),
-    "sm_100": Chip(GPUTarget("cuda", 100, 32), 232_448, ("tcgen05.mma", "mma.sync")),
-    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 65_536, ("v_mfma",)),
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 166_912, ("mma.sync",), "ampere"),
+    "sm_89": Chip(GPUTarget("cuda", 89, 32), 101_376, ("mma.sync",), "ampere"),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 232_448, ("wgmma.mma_async", "mma.sync"), "hopper"),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 232_448, ("tcgen05.mma", "mma.sync"), "blackwell"),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 65_536, ("v_mfma",), "amd"),
 }
 # Bytes of a thread's registers that may go to memory. Where it is not 0, the kernel says why.
 SPILLS = 0
@@ -146,8 +148,8 @@ def written_down(kernel, args, options):
     )
 
 
-def launches(dtype, only):
-    """All different launches that the benchmarks make."""
+def launches(dtype, only, chip_name):
+    """All different launches that the benchmarks make on one chip."""
     found = {}
 
     def write_down(kernel, *args, grid, warmup, **options):
@@ -156,12 +158,16 @@ def launches(dtype, only):
 
     sys.path.append(str(Path(__file__).parent))
     JITFunction.run = write_down
-    _triton.on_kernel_device = lambda x: x.dtype in _triton.DTYPES
+    patches = {
+        "on_kernel_device": lambda x: x.dtype in _triton.DTYPES,
+        "architecture": lambda device: CHIPS[chip_name].architecture,
+    }
+    vars(_triton).update(patches)
     for path in sorted(Path(__file__).parent.glob("bench_*.py")):
         if "def launch_all" in path.read_text("utf-8") and re.search(only, path.stem):
             for module in iter_modules(fastbert.kernels.__path__):
                 names = vars(import_module(f"fastbert.kernels.{module.name}"))
-                names.update(on_kernel_device=_triton.on_kernel_device)
+                names.update((name, patches[name]) for name in patches if name in names)
             import_module(path.stem).launch_all(dtype)
     return list(found)
 
@@ -216,20 +222,16 @@ def main():
     parser.add_argument("--json", type=Path, default=Path(".benchmarks/compile-report.json"))
     parser.add_argument("--only", default="", help="benchmarks whose name has this (regex)")
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=CHIPS)
+    parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16"], choices=DTYPES)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
 
     work, launched = [], set()
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # what it patches stays there
-        for dtype in DTYPES:
-            found = process.submit(launches, DTYPES[dtype], args.only).result()
+        for dtype, chip in product(args.dtypes, args.chips):
+            found = process.submit(launches, DTYPES[dtype], args.only, chip).result()
             launched |= {(launch.module, launch.kernel) for launch in found}
-            work += [
-                (launch, dtype, chip)
-                for launch in found
-                for chip in args.chips
-                if launch.fits(chip)
-            ]
+            work += [(launch, dtype, chip) for launch in found if launch.fits(chip)]
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as processes:
         reports = list(processes.map(compiled, *zip(*work, strict=True), chunksize=4))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.inputs import EncoderInputs
-from fastbert.kernels._triton import next_power_of_2, on_kernel_device
+from fastbert.kernels._triton import allows_tf32, next_power_of_2, on_kernel_device
 from fastbert.watch import Watch, any_global_hooks
 
 # Not measured yet: where a GPU works longer than launching takes; how many shapes a service has.
@@ -164,7 +164,7 @@ class Graphs:
         self._lock = threading.Lock()
         self._patience = 2
         self._n_runs = 0
-        self._met: Counter[tuple[Bucket, object]] = Counter()  # a few thousand shapes at most
+        self._met: Counter[tuple[Bucket, bool]] = Counter()  # a few thousand shapes at most
         self._drop()
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[int]]:
@@ -179,7 +179,7 @@ class Graphs:
         if self._met:
             self._patience = min(2 * self._patience, _MOST_PATIENCE)
             self._met.clear()
-        self._graphs: OrderedDict[tuple[Bucket, object], _Graph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Bucket, bool], _Graph] = OrderedDict()
         self._watch: Watch | None = None
         self._device: torch.device | None = None
         self._plans: list[tuple[dict[str, Any], Any]] = []
@@ -220,7 +220,7 @@ class Graphs:
             return None
         self._n_runs += 1
         bucket = Bucket.of(ids.numel(), n_seqs, inputs.max_seqlen)
-        key = (bucket, _precision())
+        key = (bucket, allows_tf32())
         if key not in self._graphs and not self._add(key, model, inputs, ids):
             return None
         graph = self._graphs[key]
@@ -237,7 +237,7 @@ class Graphs:
             return graph.results(ids.numel(), n_seqs)
 
     def _add(
-        self, key: tuple[Bucket, object], model: Any, inputs: EncoderInputs, ids: Tensor
+        self, key: tuple[Bucket, bool], model: Any, inputs: EncoderInputs, ids: Tensor
     ) -> bool:
         """Capture a graph if it is worth its time and can be done."""
         self._met[key] += 1
@@ -312,9 +312,3 @@ def _is_known(kind: type) -> bool:
     """Whether modules of a class do nothing but launch kernels, the same every time."""
     name = kind.__module__
     return name in ("fastbert.model", "fastbert.layers") or name.startswith("torch.nn.modules.")
-
-
-def _precision() -> object:
-    """How the GPU multiplies float32: as asked since torch 2.9, or before."""
-    matmul = torch.backends.cuda.matmul
-    return getattr(matmul, "fp32_precision", None) or matmul.allow_tf32

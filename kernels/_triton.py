@@ -88,6 +88,33 @@ def on_kernel_device(x: Tensor) -> bool:
     return x.dtype in DTYPES and why_not(x.device) is None
 
 
+@cache
+def architecture(device: torch.device) -> str:
+    """What launches are chosen by.
+
+    "hopper" and "blackwell": NVIDIA's data centre GPUs since the H100 and since the B200, with 227
+    KiB of shared memory, from which they multiply; the first also where kernels are interpreted.
+    "ampere": all others of NVIDIA, with 99 KiB or more, which multiply from registers. "amd": 64.
+    """
+    if device.type != "cuda":
+        return "hopper"
+    if torch.version.hip is not None:
+        return "amd"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "hopper", 10: "blackwell"}.get(major, "ampere")
+
+
+def allows_tf32() -> bool:
+    """Whether products of float32 on a GPU may round what is multiplied to TF32.
+
+    As torch is told by set_float32_matmul_precision and allow_tf32, or since 2.9 by fp32_precision,
+    after which asking for either of the former is an error.
+    """
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
 # (operation, device) to the error with which its kernels could not be compiled there.
 failures: dict[tuple[str, str], str] = {}
 

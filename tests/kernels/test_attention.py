@@ -2,8 +2,16 @@ import pytest
 import torch
 from accuracy import KERNEL_DTYPES, assert_as_accurate, assert_matches
 
+from fastbert.kernels import attention as module
 from fastbert.kernels._dropout import is_kept_ref
-from fastbert.kernels.attention import attention, attention_ref, attention_weights_ref
+from fastbert.kernels.attention import (
+    _attention_backward_op,
+    _attention_op,
+    attention,
+    attention_ref,
+    attention_weights_ref,
+    schedule,
+)
 
 # Out of order, equal neighbours, a length of one, an empty sequence.
 LENGTHS = [7, 3, 3, 1, 0, 12, 40]
@@ -66,11 +74,17 @@ def test_no_tokens():
     assert attention(torch.randn(0, 3, 4, 32), cu([0, 0]), 0).shape == (0, 4, 32)
 
 
-def test_dropout_drops():
-    qkv = torch.randn(64, 3, 2, 16)
-    qkv[:, 2] = 1.0  # values of one: the output is the sum of the kept weights
-    out = attention(qkv, cu([64]), 64, dropout_p=0.25)
-    assert 0.9 < out.mean() < 1.1 and out.std() > 0.01
+def test_dropout_drops(device):
+    """Of equal weights of values of one, the output is the share that is kept, scaled."""
+    bounds, p = cu([64]).to(device), 0.25
+    qkv = torch.zeros(64, 3, 2, 16, device=device)
+    qkv[:, 2] = 1.0
+    out = attention(qkv, bounds, 64, dropout_p=p)
+    kept, n_weights = out[..., 0] * (1 - p), 64 * 64 * 2
+    assert (kept.mean() - (1 - p)).abs() < 4 * (p * (1 - p) / n_weights) ** 0.5
+    assert not torch.equal(out, attention(qkv, bounds, 64, dropout_p=p))  # by another seed
+    torch.manual_seed(0)
+    assert torch.equal(out, attention(qkv, bounds, 64, dropout_p=p))
 
 
 def test_weights_are_those_that_are_applied():
@@ -100,9 +114,9 @@ def test_refuses(change, message):
         attention(*change(torch.randn(9, 2, 8)))
 
 
-# In one tile of 64, in one of 128, around the edge of it, in several.
+# In one tile of 64, in one of 128, around the edge of it, around that of blocks, in several tiles.
 @pytest.mark.parametrize(
-    "lengths", [[7, 0, 1, 64], [63, 65], [127, 128], [129, 3], [300, 5]], ids=str
+    "lengths", [[7, 0, 1, 64], [63, 65], [127, 128], [129, 3], [191, 192, 193], [300, 5]], ids=str
 )
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
@@ -126,8 +140,8 @@ def test_kernels_match_the_formula(lengths, causal, dtype, device):
 @pytest.mark.parametrize("causal", [False, True])
 def test_keys_of_another_text(lengths, key_lengths, causal, device):
     bounds, key_bounds = cu(lengths).to(device), cu(key_lengths).to(device)
-    q = torch.randn(sum(lengths), 2, 16, device=device)
-    k, v = torch.randn(2, sum(key_lengths), 2, 16, device=device)
+    q = torch.randn(sum(lengths), 8, 16, device=device)
+    k, v = torch.randn(2, sum(key_lengths), 8, 16, device=device)
     options = {"causal": causal, "cu_seqlens_k": key_bounds, "max_seqlen_k": max(key_lengths)}
 
     def kernel(q, k, v):
@@ -176,3 +190,95 @@ def test_head_sizes_and_strides(head_dim, device):
         return attention_ref(q, k, v, bounds, 70)
 
     assert_matches(kernel, reference, q, k, v)
+
+
+def test_many_sequences_of_skewed_lengths(device):
+    lengths = (2 + 1.2 * torch.randn(300)).exp().int().tolist()
+    assert lengths.count(0) > 5 and max(lengths) > 128 and sorted(lengths)[150] < 10
+    bounds = cu(lengths).to(device)
+    qkv = torch.randn(sum(lengths), 3, 1, 16, device=device)
+
+    def kernel(qkv):
+        return attention(qkv, bounds, max(lengths))
+
+    def reference(qkv):
+        return attention_ref(*qkv.unbind(1), bounds, max(lengths))
+
+    assert_matches(kernel, reference, qkv)
+
+
+# One kernel of the backward, two.
+@pytest.mark.parametrize("lengths", [[40, 9], [150, 20]], ids=str)
+def test_softmax_scale(lengths, device):
+    bounds = cu(lengths).to(device)
+    qkv = torch.randn(sum(lengths), 3, 2, 24, device=device)
+
+    def kernel(qkv):
+        return attention(qkv, bounds, max(lengths), softmax_scale=0.6)
+
+    def reference(qkv):
+        return attention_ref(*qkv.unbind(1), bounds, max(lengths), softmax_scale=0.6)
+
+    assert_matches(kernel, reference, qkv)
+
+
+# One kernel of the backward, two.
+@pytest.mark.parametrize("lengths", [[40, 9, 33], [150, 20, 130]], ids=str)
+def test_other_sequences_and_reruns_change_no_bit(lengths, device):
+    bounds, seed = cu(lengths).to(device), torch.tensor([3], device=device)
+    qkv = torch.randn(sum(lengths), 3, 2, 16, device=device)
+    dout = torch.randn(sum(lengths), 2, 16, device=device)
+
+    def both_ways(qkv):
+        qkv = qkv.clone().requires_grad_()
+        out = attention(qkv, bounds, max(lengths), dropout_p=0.2, seed=seed)
+        return out.detach(), *torch.autograd.grad(out, qkv, dout)
+
+    before, again = both_ways(qkv), both_ways(qkv)
+    assert all(map(torch.equal, before, again))
+    one = slice(lengths[0], lengths[0] + lengths[1])
+    qkv[one] = torch.randn_like(qkv[one])
+    for x, y in zip(before, both_ways(qkv), strict=True):
+        assert torch.equal(x[: one.start], y[: one.start])
+        assert torch.equal(x[one.stop :], y[one.stop :])
+        assert not torch.equal(x[one], y[one])
+
+
+# The joined tensor; keys of another text and dropout, with what programs work on made before.
+@pytest.mark.parametrize("is_cross", [False, True])
+def test_operations(is_cross, device):
+    """What torch asks of them: schema, fake, autograd, tracing with symbolic shapes."""
+    bounds, key_bounds = cu([5, 0, 12]).to(device), cu([7, 3, 4]).to(device)
+    if is_cross:
+        tensors = [torch.randn(n, 2, 16, device=device) for n in (17, 14, 14)]
+        made = schedule(bounds, 12, 17, cu_seqlens_k=key_bounds, max_seqlen_k=7, n_keys=14)
+        tiles = made.query_tiles, made.key_tiles
+        numbers = (torch.tensor([3], device=device), True, 0.2, 0.25, 12, 7, *tiles)
+    else:
+        tensors, key_bounds = [torch.randn(17, 3, 2, 16, device=device), None, None], bounds.clone()
+        numbers = (None, False, 0.0, 0.25, 12, 12, None, None)
+    leaves = [None if x is None else x.clone().requires_grad_() for x in tensors]
+    torch.library.opcheck(_attention_op, (*leaves, bounds, key_bounds, *numbers))
+    out, lse = _attention_op(*tensors, bounds, key_bounds, *numbers)
+    dout = torch.randn_like(out)
+    args = (dout, *tensors, out, lse, bounds, key_bounds, *numbers)
+    torch.library.opcheck(_attention_backward_op, args)
+
+
+# Where these take more kernels for short sequences than others do.
+@pytest.mark.parametrize(
+    "name, head_dim, lengths",
+    [("ampere", 128, [50, 9]), ("ampere", 128, [100, 9]), ("amd", 64, [100, 9])],
+)
+def test_launches_of_other_architectures(name, head_dim, lengths, device, monkeypatch):
+    monkeypatch.setattr(module, "architecture", lambda device: name)
+    bounds = cu(lengths).to(device)
+    qkv = torch.randn(sum(lengths), 3, 2, head_dim, device=device).half()
+
+    def kernel(qkv):
+        return attention(qkv, bounds, max(lengths), causal=True)
+
+    def reference(qkv):
+        return attention_ref(*qkv.unbind(1), bounds, max(lengths), causal=True)
+
+    assert_matches(kernel, reference, qkv)

@@ -92,7 +92,7 @@ def test_block_edges(n_tokens, n_classes, device, monkeypatch):
 
 def test_every_launch_row(device):
     for n_classes in (49153, 98305):
-        tensors, labels = arguments(3, n_classes, device=device, hidden=2)
+        tensors, labels = arguments(3, n_classes, device=device, hidden=16)
         assert_loss_matches(tensors, labels)
 
 

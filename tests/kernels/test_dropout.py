@@ -55,8 +55,10 @@ def test_what_is_kept_looks_random():
     for pairs, n in ((x.T @ x, n_rows), (x[:2048] @ x[:2048].T, n_cols)):
         off = pairs[~torch.eye(len(pairs), dtype=torch.bool)] / n**0.5
         assert (off.std() - 1).abs() < 0.02 and off.abs().max() < 7
-    other = is_kept_ref(torch.tensor([1]), torch.arange(n_rows), 1, torch.arange(n_cols), p)
-    assert ((other == kept).double().mean() - (p * p + (1 - p) ** 2)).abs() < 1e-3
+    for seed, stream in ((1, 1), (2, 0)):
+        args = (torch.tensor([seed]), torch.arange(n_rows), stream, torch.arange(n_cols), p)
+        same = is_kept_ref(*args) == kept
+        assert (same.double().mean() - (p * p + (1 - p) ** 2)).abs() < 1e-3
 
 
 def test_refuses():

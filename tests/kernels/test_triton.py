@@ -11,7 +11,7 @@ import torch
 
 from fastbert.cli import kernel_status
 from fastbert.kernels import _triton
-from fastbert.kernels._triton import Kernel, jit, run, tl, why_not
+from fastbert.kernels._triton import Kernel, allows_tf32, architecture, jit, run, tl, why_not
 
 
 @jit("n")
@@ -56,6 +56,24 @@ def test_why_no_kernel_runs(monkeypatch):
     assert why_not(torch.device("cuda", 63)) == "triton is not installed"
 
 
+@pytest.mark.parametrize(
+    "capability, hip, wanted",
+    [
+        ((8, 0), None, "ampere"),
+        ((8, 9), None, "ampere"),
+        ((9, 0), None, "hopper"),
+        ((10, 3), None, "blackwell"),
+        ((12, 0), None, "ampere"),  # Blackwell without a data centre's matrix units
+        ((9, 4), "6.4", "amd"),
+    ],
+)
+def test_architecture(capability, hip, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert architecture.__wrapped__(torch.device("cuda", 0)) == wanted
+    assert architecture(torch.device("cpu")) == "hopper"
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """Something that says it is a tensor on a GPU."""
@@ -91,3 +109,40 @@ def test_other_errors_are_the_callers(gpu):
     with pytest.raises(ZeroDivisionError):
         run("layer_norm", lambda x: 1 / 0, lambda x: 0, gpu)
     assert not _triton.failures
+
+
+# torch's settings old and new, which do not mix, each in a process of its own; all start from off.
+@pytest.mark.parametrize(
+    "name, on, off",
+    [
+        ("matmul.allow_tf32", "True", "False"),
+        ("matmul.fp32_precision", "'tf32'", "'ieee'"),
+        ("torch.backends.fp32_precision", "'tf32'", "'ieee'"),
+    ],
+)
+def test_tf32_is_allowed_as_torch_is_told(name, on, off):
+    if name.endswith("fp32_precision") and not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch has no fp32_precision before 2.9")
+    code = f"""
+import torch
+from fastbert.kernels._triton import allows_tf32
+matmul = torch.backends.cuda.matmul
+print(allows_tf32())
+{name} = {on}
+print(allows_tf32())
+{name} = {off}
+print(allows_tf32())
+"""
+    command = [sys.executable, "-P", "-c", code]
+    assert subprocess.check_output(command, text=True).split() == ["False", "True", "False"]
+
+
+def test_tf32_is_allowed_by_float32_matmul_precision():
+    assert not allows_tf32()
+    for precision in ("high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            assert allows_tf32()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert not allows_tf32()
