@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HAS_TRITON = find_spec("triton") is not None  # once: torch.compile cannot trace it
 _LEAST_CAPABILITY = (8, 0)  # of NVIDIA's: the first with bfloat16
 
 
@@ -64,7 +65,7 @@ def is_interpreted() -> bool:
 
 def why_not(device: torch.device) -> str | None:
     """Why no kernel runs on `device`; None where they do."""
-    if find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "triton is not installed"
     if device.type == "cpu":
         return None if is_interpreted() else "kernels need a GPU"
