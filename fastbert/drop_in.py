@@ -309,7 +309,7 @@ def _inputs(encoder: Any, family: Family, given: dict[str, Any]) -> EncoderInput
     """The packed inputs, or why the model's own code must serve these."""
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     main = ids if embeds is None else embeds
-    if (ids is None) == (embeds is None) or type(main) is not Tensor or not main.numel():
+    if (ids is None) == (embeds is None) or type(main) is not Tensor or main.numel() == 0:
         return "there is not one tensor of input_ids or inputs_embeds with something in it"
     if main.dim() != (2 if embeds is None else 3):
         return f"inputs are {tuple(main.shape)}"

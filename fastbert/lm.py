@@ -303,7 +303,7 @@ class BertLMHeadModel(_WithVocabulary):
 
 def _shifted(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(n_tokens,): each token's label is that of the next one of its sequence, if there is one."""
-    if not labels.numel():
+    if labels.numel() == 0:
         return labels
     ends = (cu_seqlens[1:].long() - 1) % labels.shape[0]  # an empty first one's: the last token
     return labels.roll(-1).index_fill(0, ends, IGNORED)

@@ -180,6 +180,8 @@ class BertModel(BertPreTrainedModel):
         return _or(use_cache, self.config.use_cache and not self.training)
 
     def _check_range(self, inputs: EncoderInputs) -> None:
+        if torch.compiler.is_compiling():
+            return
         config = self.config
         limits = (
             ("input_ids", inputs.input_ids, config.vocab_size, "vocab_size"),
@@ -192,10 +194,8 @@ class BertModel(BertPreTrainedModel):
             ),
         )
         for name, ids, size, limit in limits:
-            if ids is None or ids.device.type != "cpu" or not ids.numel():
+            if ids is None or ids.device.type != "cpu" or ids.numel() == 0:
                 continue
-            if torch.compiler.is_compiling():
-                return
             low, high = (int(x) for x in ids.aminmax())
             if low < 0 or high >= size:
                 raise ValueError(

@@ -63,8 +63,8 @@ class PackedBatch:
     def unchecked(cls, *values: Any) -> PackedBatch:
         """The batch of these fields, in order, which its maker vouches for: checks take time."""
         batch = object.__new__(cls)
-        for field, value in zip(fields(cls), values, strict=True):
-            object.__setattr__(batch, field.name, value)
+        for name, value in zip(_FIELDS, values, strict=True):
+            object.__setattr__(batch, name, value)
         return batch
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -128,6 +128,9 @@ class PackedBatch:
             )
             first = last
         return parts
+
+
+_FIELDS = tuple(field.name for field in fields(PackedBatch))  # which torch 2.6 cannot trace
 
 
 def pack(

@@ -507,7 +507,7 @@ def embed(
     if padding_idx is not None and not -len(word) <= padding_idx < len(word):
         raise ValueError(f"padding_idx must be a row of word's {len(word)}, got {padding_idx}")
     dropout_arguments(dropout_p)  # refuses what is no share
-    if not on_kernel_device(word) or not input_ids.numel() or word.shape[1] > _LAUNCHES[-1][0]:
+    if not on_kernel_device(word) or input_ids.numel() == 0 or word.shape[1] > _LAUNCHES[-1][0]:
         tables = (word, token_type, position)
         return embed_ref(*every_ids, *tables, weight, bias, dropout_p, eps, padding_idx)
     dtype = torch.float32 if torch.is_autocast_enabled(word.device.type) else word.dtype

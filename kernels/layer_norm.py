@@ -298,7 +298,7 @@ def layer_norm(
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must be {tuple(x.shape)} as x, got {tuple(residual.shape)}")
     dropout_arguments(dropout_p)  # refuses what is no share
-    if not on_kernel_device(x) or not x.numel() or x.shape[-1] > _LAUNCHES[-1][0]:
+    if not on_kernel_device(x) or x.numel() == 0 or x.shape[-1] > _LAUNCHES[-1][0]:
         return layer_norm_ref(x, weight, bias, residual, dropout_p, eps)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     if torch.is_autocast_enabled(x.device.type):

@@ -152,7 +152,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dout, dproduct):
     x, weight, bias, product = ctx.saved_tensors
-    if not product.numel():  # no gradient was foreseen
+    if product.numel() == 0:  # no gradient was foreseen
         product = F.linear(x, weight)
     dproduct, dbias = bias_gelu_backward(dout, product, bias, ctx.activation)
     dx = dproduct @ weight if ctx.needs_input_grad[0] else None
@@ -255,7 +255,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str 
             f"weight must have shape (out_features, {x.shape[-1]}), got {tuple(weight.shape)}"
         )
     check_bias(bias, weight.shape[0], activation)
-    if not on_kernel_device(x) or not x.numel():
+    if not on_kernel_device(x) or x.numel() == 0:
         return linear_gelu_ref(x, weight, bias, activation)
     autocasts = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts else x.dtype

@@ -342,6 +342,6 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, mode: str = "mean", normalize: bool
             "cu_seqlens must be (n_seqs + 1,) int32 or int64, "
             f"got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         )
-    if not on_kernel_device(hidden) or not hidden.numel() or cu_seqlens.shape[0] < 2:
+    if not on_kernel_device(hidden) or hidden.numel() == 0 or cu_seqlens.shape[0] < 2:
         return pool_ref(hidden, cu_seqlens, mode, normalize)
     return _pool_op(hidden, cu_seqlens, mode, normalize)[0]

@@ -48,10 +48,10 @@ def test_another_batch_needs_no_other_graph(model, device):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(outputs, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
-        for lengths in ((9, 4, 1), (3, 8, 2, 7), (5, 5)):
+        for lengths in ((9, 4, 1), (3, 8, 2, 7), (5, 5), (6, 1, 3, 9, 2), (7, 11)):
             packed = batch(device, *lengths)
             torch.testing.assert_close(compiled(model, packed), outputs(model, packed))
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= 3  # of one sequence, or few, and of any number
 
 
 def test_exports(model, device):
