@@ -1,5 +1,5 @@
 # make demo: see it work.  make test: run the tests.  make bench: measure it against others.
-# make bench-gpu-PART: one of tests, inference, training, kernels, fills, sizes on a CUDA GPU.
+# make bench-gpu-PART: one of tests, inference, training, kernels, fills, sizes, drop_in on a GPU.
 # make compile-report: what compilers make of the kernels, for five GPUs, without one.
 # make sanitize, fuzz, fuzz-call, cross: try to break the tokenizer.
 PYTHON ?= python3

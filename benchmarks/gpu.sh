@@ -13,6 +13,8 @@ if ! "$PYTHON" -P -c "import sys, torch; sys.exit(not torch.cuda.is_available())
   exit 2
 fi
 
+PARTS="inference training kernels fills sizes drop_in"
+
 # What is being measured when the time is over is lost, and nothing else.
 run() { timeout --signal=INT --kill-after=20 "$1" "$PYTHON" -P -m pytest "${@:2}"; }
 
@@ -41,11 +43,13 @@ part() {
     training) measure training "bench_training" ;;
     fills) measure fills "bench_fill" ;;
     sizes) measure sizes "bench_length or bench_batch" ;;
-    *) echo "gpu.sh: no part $1; there are tests kernels inference training fills sizes" >&2; return 2 ;;
+    drop_in) measure drop_in "bench_drop_in" benchmarks/bench_drop_in.py ;;
+    *) echo "gpu.sh: no part $1; there are tests $PARTS" >&2; return 2 ;;
   esac
 }
 
-[ $# -gt 0 ] && parts=("$@") || parts=(tests inference training kernels fills sizes)
+# shellcheck disable=SC2206
+[ $# -gt 0 ] && parts=("$@") || parts=(tests $PARTS)
 failed=0
 for name in "${parts[@]}"; do
   part "$name" || failed=1

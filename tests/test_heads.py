@@ -97,6 +97,8 @@ every_case = pytest.mark.parametrize("case", CASES)
 def pair(case, tmp_path, **changes):
     """Ours, read from what transformers has written, and transformers', in float64."""
     kind, of_case, _ = CASES[case]
+    if case == "mlm untied" and transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 has one bias where there are two without tied embeddings")
     theirs = getattr(transformers, kind)(transformers.BertConfig(**SMALL, **of_case, **changes))
     with torch.no_grad():
         for p in theirs.parameters():
