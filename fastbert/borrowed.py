@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastbert.layers import (
@@ -21,6 +22,9 @@ from fastbert.layers import (
     BertSelfOutput,
 )
 from fastbert.watch import Structure, hooks_of
+
+# Dtypes that a plan for CPUs has, as NumPy's of the same size.
+_NUMPY = {torch.float32: torch.float32, torch.bfloat16: torch.int16}
 
 
 class CannotBorrowError(ValueError):
@@ -209,10 +213,30 @@ class Borrowed:
         self._structure = Structure(list(self._named.values()))
         self._loras = [(m, _lora_state(m)) for m in self._named.values() if is_lora(m)]
         self._shells = set(self.owners) | {encoder.embeddings}
+        self._seen: bytes | None = None
 
     def unchanged(self) -> bool:
         """Whether these still are the modules that layers were borrowed from."""
         return self._structure.same() and all(_lora_state(m) == state for m, state in self._loras)
+
+    def forget(self, is_same_mode: bool) -> None:
+        """Drop what is kept of weights. Where the mode stays as it is, as it does in each call of
+        sentence-transformers' encode, only if some of their values are others than last time."""
+        seen, self._seen = self._seen, self._values() if is_same_mode else None
+        if seen is None or seen != self._seen:
+            for layer in self.layers:
+                layer._plan = layer.attention.self._plan = None
+
+    def _values(self) -> bytes | None:
+        """Sixteen values of each weight, evenly spread; None where looking at them takes time."""
+        values = []
+        for layer in self.layers:
+            for p in layer.parameters():
+                if p.device.type != "cpu" or p.dtype not in _NUMPY or not p.is_contiguous():
+                    return None
+                flat = p.detach().view(_NUMPY[p.dtype]).view(-1).numpy()
+                values.append(flat[:: max(1, flat.size // 16)].tobytes())
+        return b"".join(values)
 
     def why_not(self) -> str | None:
         """Why the encoder cannot be computed by what is borrowed; None where it can."""

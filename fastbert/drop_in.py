@@ -213,10 +213,9 @@ def _fast_class(kind: Any) -> Any:
         return own(self, *args, **kwargs)
 
     def train(self: Any, mode: bool = True) -> Any:
-        # As fastbert's own layers: what is kept of weights may miss those who write through .data.
+        # What is kept of weights misses those who write through .data, as in fastbert's own layers.
         if self in _STATES:
-            for layer in _STATES[self].borrowed.layers:
-                layer._plan = layer.attention.self._plan = None
+            _STATES[self].borrowed.forget(is_same_mode=mode == self.training)
         return kind.train(self, mode)
 
     return _subclass(kind, forward=forward, train=train)

@@ -479,6 +479,24 @@ def test_dropout_and_autocast(batch):
 
 
 @torch.no_grad()
+def test_eval_keeps_what_is_prepacked(model, batch):
+    """Which sentence-transformers calls before each text; weights written through .data show."""
+    fastbert.accelerate(model)
+    layers = drop_in._STATES[model].borrowed.layers
+    for _ in range(2):
+        model.eval()(**batch)
+    plans = [layer._plan for layer in layers]
+    assert all(plan is not None for plan in plans)
+    model.eval()(**batch)
+    assert [layer._plan for layer in layers] == plans
+    for p in model.encoder.layer[2].output.dense.parameters():
+        p.data.mul_(1.01)
+    found = model.eval()(**batch)
+    fastbert.restore(model)
+    assert_alike(found, model(**batch), batch["attention_mask"])
+
+
+@torch.no_grad()
 def test_many_threads(model, batch):
     fastbert.accelerate(model)
     wanted = model(**batch).last_hidden_state
