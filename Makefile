@@ -4,7 +4,8 @@
 # make sanitize, fuzz, fuzz-call, cross: try to break the tokenizer.
 PYTHON ?= python3
 RUN := .venv/bin/python -P
-INSTALL := .venv/bin/pip install --quiet --disable-pip-version-check -c requirements/dev.txt
+# By the environment, which also holds what builds seqeval's source to these versions.
+INSTALL := PIP_CONSTRAINT=$(CURDIR)/requirements/dev.txt .venv/bin/pip install --quiet --disable-pip-version-check
 
 demo: .venv/installed-demo
 	HF_HUB_OFFLINE=1 $(RUN) benchmarks/demo.py
