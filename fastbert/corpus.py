@@ -34,9 +34,7 @@ from fastbert.tokenizer import BertTokenizer
 from fastbert.vocab import Progress, share_read
 
 _BATCH = 1 << 22  # characters that are tokenised at a time
-_ENDS = tuple(
-    ".!?\u2026\u3002\uff01\uff1f\uff0e\u061f\u06d4\u0964\u0965"
-)
+_ENDS = tuple(".!?\u2026\u3002\uff01\uff1f\uff0e\u061f\u06d4\u0964\u0965")
 _CLOSING = tuple("\"'\u201d\u2019)]*\xbb\u300d\u300f\uff09")
 
 
