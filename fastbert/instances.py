@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -131,7 +131,7 @@ class Instances:
     vocabulary: Vocabulary
     max_length: int = 128
     nsp: bool = True
-    masking: Masking = Masking()
+    masking: Masking = field(default_factory=Masking)
     batch_tokens: int = 8192
     short_probability: float = 0.1
     seed: int = 0

@@ -45,9 +45,9 @@ class Masking:
     """Which tokens are to be guessed, and what stands in their place.
 
     kind: "tokens", whole "words", or "spans" of words as in SpanBERT. rate: the share of a
-    sequence, [CLS] and [SEP] counted, as in google-research/bert; at least one token, or word or
-    span. `masked` of those become [MASK], `random` a token that is not special, the others stay:
-    by chance for each token, in spans for each span.
+    sequence, [CLS] and [SEP] counted, as in google-research/bert; at least one token or word.
+    `masked` of those become [MASK], `random` a token that is not special, the others stay: by
+    chance for each token, in spans for each span.
     """
 
     kind: str = "tokens"
@@ -89,8 +89,9 @@ class Masking:
     ) -> tuple[Flags, Ints]:
         """Whether each token is to be guessed, and the number of the unit that it is in.
 
-        Units of a sequence are taken in random order until rate * length tokens are. The unit that
-        goes beyond that is taken with the probability that makes it right in the mean.
+        Units of a sequence are taken in random order until rate * length tokens are. Where one goes
+        beyond that, a span is cut, as in SpanBERT, and a word is taken with the probability that
+        makes the rate right in the mean.
         """
         starts = self._starts(ids, special, vocabulary, rng)
         first = np.flatnonzero(starts)
@@ -103,13 +104,16 @@ class Masking:
         sorted_sizes = sizes[order]
         before = np.cumsum(sorted_sizes) - sorted_sizes
         before -= np.repeat(before[offsets(n_units)[:-1]], n_units)
-        wanted = np.maximum(1, np.rint(self.rate * lengths))[sequence]
-        left = wanted - before
-        taken = (left > rng.random(len(order)) * sorted_sizes) | (before == 0)
-        is_taken = np.zeros(len(first), bool)
-        is_taken[order] = taken & (left > 0)
-        is_taken &= ~excluded
-        return np.repeat(is_taken, sizes), unit
+        left = np.maximum(1, np.rint(self.rate * lengths))[sequence] - before
+        if self.kind == "spans":
+            left = np.minimum(left, sorted_sizes)
+        else:
+            is_taken = (left > rng.random(len(order)) * sorted_sizes) | (before == 0)
+            left = np.where(is_taken & (left > 0), sorted_sizes, 0)
+        n_chosen = np.empty(len(first))
+        n_chosen[order] = left
+        n_chosen[excluded] = 0
+        return np.arange(len(ids)) - first[unit] < n_chosen[unit], unit
 
     def _starts(
         self, ids: NDArray[Any], special: Flags, vocabulary: Vocabulary, rng: np.random.Generator
