@@ -431,7 +431,8 @@ class MaskedTask(Task):
         super().__init__(tokenizer, **options)
         if tokenizer.mask_token_id is None:
             raise ValueError("the tokenizer must have a mask token, got None")
-        self.share, self.seed = share, seed
+        self.share, self.seed, self.mask_id = share, seed, tokenizer.mask_token_id
+        self._drawn: tuple[Any, Any] = (None, None)  # of all tokens, in one epoch
 
     def encode(self, examples: Examples, labelled: bool = True) -> Data:
         texts = [text for text in examples.columns["text"] if text.strip()]
@@ -441,16 +442,19 @@ class MaskedTask(Task):
         return Data(examples, packed)
 
     def collate(self, data: Data, index: Index, epoch: int) -> MicroBatch:
-        random = np.random.default_rng((self.seed, epoch + 1, int(index[0]), len(index)))
+        if self._drawn[0] != (epoch, len(data.packed)):
+            random = np.random.default_rng((self.seed, epoch + 1))
+            shape = 3, data.packed.input_ids.numel()
+            self._drawn = (epoch, len(data.packed)), random.random(shape, np.float32)
         packed = select(data.packed, index)
+        tokens, _ = token_index(data.packed, torch.from_numpy(index))
+        chance, kind, other = self._drawn[1][:, tokens.numpy()]
         ids = packed.input_ids.numpy()
-        special = np.isin(ids, self.tokenizer.all_special_ids)
-        drawn = random.random(len(ids))
-        chosen = ~special & (drawn < self.share)
+        chosen = ~np.isin(ids, self.tokenizer.all_special_ids) & (chance < self.share)
         labels = np.where(chosen, ids, IGNORED)
-        kind = random.random(len(ids))
-        others = random.integers(0, len(self.tokenizer), len(ids))
-        ids = np.where(chosen & (kind < 0.8), self.tokenizer.mask_token_id, ids)
+        n_tokens = len(self.tokenizer)
+        others = np.minimum((other * n_tokens).astype(np.int64), n_tokens - 1)
+        ids = np.where(chosen & (kind < 0.8), self.mask_id, ids)
         ids = np.where(chosen & (kind >= 0.9), others, ids)
         masked = PackedBatch(
             torch.from_numpy(ids),
