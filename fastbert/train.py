@@ -2,8 +2,8 @@
 
     fastbert.train.classify("train.tsv", dev="dev.tsv", model="bert-base-uncased", out="out")
 
-`classify`, `pair`, `regression`, `tokens`, `qa` and `mlm` take what fastbert.examples reads and give
-the numbers that they also write to OUT/metrics.json. The folder is a model folder, which
+`classify`, `pair`, `regression`, `tokens`, `qa` and `mlm` take what fastbert.examples reads and
+give the numbers that they also write to OUT/metrics.json. The folder is a model folder, which
 transformers reads too; `load`, `evaluate` and `predict` take it.
 """
 
