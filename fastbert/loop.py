@@ -168,7 +168,7 @@ def parameter_groups(model: nn.Module, options: Options) -> list[dict[str, Any]]
     frozen = n_layers if options.freeze == -1 else options.freeze
     for name, p in model.named_parameters():
         depth = _depth(name, n_layers)
-        if depth < frozen or (frozen and ".embeddings." in f".{name}"):
+        if frozen and depth < frozen:
             p.requires_grad_(False)
         if p.requires_grad:
             decay = options.weight_decay if p.dim() > 1 else 0.0  # 1-d: biases and layer norms
