@@ -210,7 +210,7 @@ class SequenceTask(Task):
             counts = Counter(name for names in self._names(examples) for name in names)
             n = len(self.labels)
             balanced = [len(examples) / (n * max(1, counts[name])) for name in self.labels]
-            self.weights = torch.tensor(balanced)
+            self.weights = torch.tensor(balanced, dtype=torch.float64)
 
     def _names(self, examples: Examples) -> list[list[str]]:
         values = examples.columns["label"]
@@ -267,25 +267,22 @@ class SequenceTask(Task):
         labels = batch.labels["labels"]
         logits = wide(model(batch.packed).logits)
         if not self.r_drop:
-            return self._sum(logits, labels) / n_items["labels"], {}
+            return self._sum(logits, labels, True) / n_items["labels"], {}
         second = wide(model(batch.packed).logits)
         a, b = logits.log_softmax(1), second.log_softmax(1)
         between = ((a.exp() - b.exp()) * (a - b)).sum() / 2  # KL both ways (Liang et al. 2021)
-        both = (self._sum(logits, labels) + self._sum(second, labels)) / 2
+        both = (self._sum(logits, labels, True) + self._sum(second, labels, True)) / 2
         return (both + self.r_drop * between) / n_items["labels"], {}
 
-    def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _sum(self, logits: Tensor, labels: Tensor, in_training: bool = False) -> Tensor:
+        """The loss; evaluations are without weights of classes and smoothing."""
         if self.kind == "regression":
             return F.mse_loss(logits[:, 0], labels, reduction="sum")
         if self.kind == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-        return F.cross_entropy(
-            logits,
-            labels,
-            None if self.weights is None else self.weights.to(logits),
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-        )
+        weights = self.weights.to(logits) if in_training and self.weights is not None else None
+        smoothing = self.label_smoothing if in_training else 0.0
+        return F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=smoothing)
 
     def evaluate(self, model: nn.Module, data: Data, batch_tokens: int) -> dict[str, Any]:
         assert self.labels is not None

@@ -374,7 +374,8 @@ def _with_lora(network: Any, rank: int) -> Any:
         import peft
     except ImportError:
         raise ValueError("lora needs peft: pip install peft") from None
-    heads = [name for name, _ in network.named_children() if name != "bert"]
+    others = [(name, module) for name, module in network.named_children() if name != "bert"]
+    heads = [name for name, module in others if any(True for _ in module.parameters())]
     config = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=["query", "value"], modules_to_save=heads
     )

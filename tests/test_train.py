@@ -50,6 +50,7 @@ def tiny(tmp_path_factory):
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=64,
+        initializer_range=0.2,  # as small as it is, it would learn little from 0.02
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
@@ -142,9 +143,9 @@ def test_loss_and_gradients_do_not_depend_on_the_cut(tiny, name, options):
 
     (_, loss, whole), (n_runs, cut_loss, cut) = gradients(10_000), gradients(40)
     assert n_runs > 3
-    assert cut_loss == pytest.approx(loss, rel=1e-6)  # logits are float64, weights float32
+    assert cut_loss == pytest.approx(loss)
     for a, b in zip(whole, cut, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max() + 1))
+        torch.testing.assert_close(a, b)
 
 
 def test_weighted_loss_is_torchs(tiny):
@@ -163,14 +164,14 @@ def test_learns_and_others_read_the_folder(tiny, tmp_path, name):
     train = write(tmp_path / "train.jsonl", rows_of(name, 400))
     dev = write(tmp_path / "dev.jsonl", rows_of(name, 60, seed=1))
     task = {"multi": "classify"}.get(name, name)
-    options = {"multi_label": True} if name == "multi" else {}
+    options = {"multi": {"multi_label": True}, "qa": {"stride": 8}}.get(name, {})
     numbers = fastbert.train.train_task(
         task,
         train,
         dev=dev,
         model=tiny,
         out=tmp_path / "out",
-        epochs=5 if name in ("pair", "qa") else 3,
+        epochs=4,
         lr=5e-3,
         batch_size=16,
         quiet=True,
