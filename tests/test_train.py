@@ -351,6 +351,21 @@ def test_r_drop_is_the_papers(tiny):
     torch.testing.assert_close(loss, expected)
 
 
+def test_a_student_learns_what_the_teacher_says(tiny, tmp_path):
+    """The teacher's word alone, on labels that are all the other way round."""
+    rows = rows_of("classify", 200)
+    options = dict(model=tiny, epochs=2, lr=5e-3, batch_size=16, quiet=True)
+    fastbert.train.classify(rows, out=tmp_path / "teacher", **options)
+    other = {"good": "bad", "bad": "good"}
+    wrong = [{**row, "label": other[row["label"]]} for row in rows]
+    options |= {"out": tmp_path / "student", "teacher": tmp_path / "teacher", "teaching": 1.0}
+    fastbert.train.classify(wrong, **options, temperature=3.0)
+    found = fastbert.train.predict(tmp_path / "student", rows)
+    assert [p["label"] for p in found] == [row["label"] for row in rows]
+    with pytest.raises(ValueError, match=r"the teacher's labels must be \['a', 'b'\], got"):
+        fastbert.train.classify([("x", "a"), ("y", "b")], **options, overwrite=True)
+
+
 def test_lora_trains_adapters_and_merges_them(tiny, tmp_path):
     pytest.importorskip("peft")
     rows = rows_of("classify", 100)
