@@ -78,7 +78,7 @@ class TokenBatches:
         n_ranks: int = 1,
     ) -> None:
         named = {"step_tokens": step_tokens, "batch_tokens": batch_tokens, "window": window}
-        for name, value in {**named, "batch_size": batch_size or 1}.items():
+        for name, value in {**named, "batch_size": 1 if batch_size is None else batch_size}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not len(lengths):

@@ -68,6 +68,12 @@ def _add_task(tasks: Any, name: str, what: str) -> None:
         task.add_argument("--class-weights", choices=("balanced",), help="rare labels count more")
         task.add_argument("--label-smoothing", type=float, default=0.0, metavar="X")
         task.add_argument("--r-drop", type=float, default=0.0, metavar="X", help="e.g. 1")
+    if name in ("classify", "pair", "regression"):
+        task.add_argument(
+            "--teacher", metavar="DIR", help="a trained folder whose scores are learned as well"
+        )
+        task.add_argument("--teaching", type=float, default=0.5, metavar="X", help="their share")
+        task.add_argument("--temperature", type=float, default=2.0, metavar="T", help="of theirs")
     if name == "qa":
         task.add_argument("--stride", type=int, default=128, help="tokens that windows share")
         task.add_argument(

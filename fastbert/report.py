@@ -21,7 +21,9 @@ def plot_history(path: Path, numbers: dict[str, Any]) -> None:
     steps = [e["step"] for e in evaluations]
     if evaluations and "loss" in evaluations[0]:
         axes.plot(steps, [e["loss"] for e in evaluations], "o-", label="dev")
-    axes.set(xlabel="step", ylabel="loss", title=f"{numbers['task']}: {numbers['model']}")
+    axes.set(
+        xlabel="step", ylabel="loss", title=f"{Path(numbers['model']).name}: {numbers['task']}"
+    )
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

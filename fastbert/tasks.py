@@ -152,7 +152,11 @@ def in_order(labels: set[str], names: list[str] | None) -> list[str]:
 
 
 class SequenceTask(Task):
-    """One label of several, or several labels, or a number, of a text or of two."""
+    """One label of several, or several labels, or a number, of a text or of two.
+
+    teaching: the share of a teacher's logits, data.targets["teacher"], in the loss, where there are
+    some: Hinton et al. 2015, at this temperature.
+    """
 
     name = "classify"
     head = BertForSequenceClassification
@@ -166,9 +170,17 @@ class SequenceTask(Task):
         class_weights: str | None = None,
         label_smoothing: float = 0.0,
         r_drop: float = 0.0,
+        teaching: float = 0.5,
+        temperature: float = 2.0,
         **options: Any,
     ) -> None:
         super().__init__(tokenizer, **options)
+        if not 0 <= teaching <= 1 or not temperature > 0:
+            raise ValueError(
+                "teaching must be from 0 to 1 and temperature above 0, "
+                f"got {teaching} and {temperature}"
+            )
+        self.teaching, self.temperature = teaching, temperature
         if class_weights not in (None, "balanced"):
             raise ValueError(f"class_weights must be None or 'balanced', got {class_weights!r}")
         if kind != "single_label_classification" and (class_weights or label_smoothing or r_drop):
@@ -210,7 +222,7 @@ class SequenceTask(Task):
             counts = Counter(name for names in self._names(examples) for name in names)
             n = len(self.labels)
             balanced = [len(examples) / (n * max(1, counts[name])) for name in self.labels]
-            self.weights = torch.tensor(balanced)
+            self.weights = torch.tensor(balanced, dtype=torch.float64)
 
     def _names(self, examples: Examples) -> list[list[str]]:
         values = examples.columns["label"]
@@ -259,33 +271,49 @@ class SequenceTask(Task):
         n_items = float(labels.numel())
         if self.weights is not None:
             n_items = float(self.weights[labels].sum())
-        return MicroBatch(select(data.packed, index), {"labels": labels}, {"labels": n_items})
+        targets = {"labels": labels}
+        if "teacher" in data.targets:
+            targets["teacher"] = data.targets["teacher"][index]
+        items = {"labels": n_items, "sequences": float(len(index))}
+        return MicroBatch(select(data.packed, index), targets, items)
 
     def loss(
         self, model: nn.Module, batch: MicroBatch, n_items: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         labels = batch.labels["labels"]
         logits = wide(model(batch.packed).logits)
-        if not self.r_drop:
-            return self._sum(logits, labels) / n_items["labels"], {}
-        second = wide(model(batch.packed).logits)
-        a, b = logits.log_softmax(1), second.log_softmax(1)
-        between = ((a.exp() - b.exp()) * (a - b)).sum() / 2  # KL both ways (Liang et al. 2021)
-        both = (self._sum(logits, labels) + self._sum(second, labels)) / 2
-        return (both + self.r_drop * between) / n_items["labels"], {}
+        total = self._sum(logits, labels, True)
+        if self.r_drop:  # KL both ways between two forwards (Liang et al. 2021)
+            second = wide(model(batch.packed).logits)
+            a, b = logits.log_softmax(1), second.log_softmax(1)
+            between = ((a.exp() - b.exp()) * (a - b)).sum() / 2
+            total = (total + self._sum(second, labels, True)) / 2 + self.r_drop * between
+        loss = total / n_items["labels"]
+        if "teacher" in batch.labels:
+            taught = self._taught(logits, batch.labels["teacher"]) / n_items["sequences"]
+            loss = (1 - self.teaching) * loss + self.teaching * taught
+        return loss, {}
 
-    def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _taught(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        teacher, t = teacher.to(logits), self.temperature
+        if self.kind == "regression":
+            return F.mse_loss(logits, teacher, reduction="sum")
+        if self.kind == "multi_label_classification":
+            wanted = (teacher / t).sigmoid()
+            loss = F.binary_cross_entropy_with_logits(logits / t, wanted, reduction="sum")
+            return loss * t**2 / logits.shape[1]
+        student, wanted = (logits / t).log_softmax(1), (teacher / t).log_softmax(1)
+        return F.kl_div(student, wanted, reduction="sum", log_target=True) * t**2
+
+    def _sum(self, logits: Tensor, labels: Tensor, in_training: bool = False) -> Tensor:
+        """The loss; evaluations are without weights of classes and smoothing."""
         if self.kind == "regression":
             return F.mse_loss(logits[:, 0], labels, reduction="sum")
         if self.kind == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-        return F.cross_entropy(
-            logits,
-            labels,
-            None if self.weights is None else self.weights.to(logits),
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-        )
+        weights = self.weights.to(logits) if in_training and self.weights is not None else None
+        smoothing = self.label_smoothing if in_training else 0.0
+        return F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=smoothing)
 
     def evaluate(self, model: nn.Module, data: Data, batch_tokens: int) -> dict[str, Any]:
         assert self.labels is not None

@@ -10,6 +10,7 @@ transformers reads too; `load`, `evaluate` and `predict` take it.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 import time
@@ -29,7 +30,7 @@ from fastbert.examples import Examples, Source, read_examples
 from fastbert.files import find_checkpoint, model_folder, replace_folder
 from fastbert.loop import Options, fit
 from fastbert.qa import QuestionTask
-from fastbert.tasks import Data, MaskedTask, SequenceTask, Task, TokenTask
+from fastbert.tasks import Data, MaskedTask, SequenceTask, Task, TokenTask, infer
 from fastbert.tokenizer import BertTokenizer
 
 SETTINGS_NAME = "fastbert_task.json"
@@ -133,6 +134,7 @@ def train_task(
     overwrite: bool = False,
     quiet: bool = False,
     lora: int = 0,
+    teacher: str | Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train `model`, a folder or hub id, and write it to the folder `out`.
@@ -140,7 +142,9 @@ def train_task(
     columns: names of the columns ("text", "text_pair", "label", "words", "tags", "question",
     "context", "answers"), guessed where they are not given. resume: go on with a run that was
     stopped, from OUT.parts. lora: the rank of adapters (peft) that are trained in place of the
-    weights, into which they are merged at the end; 0: none. options: Recipe's and the task's.
+    weights, into which they are merged at the end; 0: none. teacher: a folder trained for the same
+    labels, whose logits are learned as well (of classify, pair and regression): `model` may then be
+    much smaller. options: Recipe's and the task's.
 
     The model is evaluated on `dev` after each epoch, and the best by the task's metric is kept;
     without `dev` the last is. Raises ValueError, with file and row, on data that cannot be read.
@@ -173,8 +177,10 @@ def train_task(
         shown = ", ".join(task.labels[:12]) + (", ..." if len(task.labels) > 12 else "")
         tell(f"{len(task.labels)} labels: {shown}")
 
-    torch.manual_seed(recipe.seed)  # the head's first weights
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if teacher is not None:
+        data.targets["teacher"] = _taught(task, train_examples, teacher, str(chosen))
+    torch.manual_seed(recipe.seed)  # the head's first weights
     network = _load_head(task, model, chosen)
     trained: nn.Module = _with_lora(network, lora) if lora else network
     steps = TokenBatches(
@@ -192,7 +198,7 @@ def train_task(
     loop_options = Options(
         steps=len(steps),
         lr=lr,
-        evaluate_every=max(1, per_epoch // recipe.evaluations) if dev_data else 0,
+        evaluate_every=math.ceil(per_epoch / recipe.evaluations) if dev_data else 0,
         metric=task.metric if dev_data else None,
         larger_is_better=task.larger_is_better,
         settings={
@@ -205,6 +211,7 @@ def train_task(
             "batches": [recipe.epochs, recipe.batch_size, recipe.step_tokens, recipe.batch_tokens],
             "window": recipe.window,
             "lora": lora,
+            "teacher": None if teacher is None else str(teacher),
         },
         **{
             f.name: getattr(recipe, f.name)
@@ -369,12 +376,29 @@ def _load_head(task: Task, model: str | Path, device: torch.device) -> Any:
         )
 
 
+def _taught(task: Task, examples: Examples, folder: str | Path, device: str) -> torch.Tensor:
+    """(n_examples, n_labels): a teacher's logits, in the order of the task's labels."""
+    teacher = load(folder, device)
+    other = teacher.task
+    if not isinstance(task, SequenceTask) or not isinstance(other, SequenceTask):
+        raise ValueError(f"a teacher is for classify, pair and regression, got {other.name}")
+    if (other.kind, other.pair) != (task.kind, task.pair):
+        raise ValueError(f"{folder} was trained for another task than this one")
+    assert task.labels is not None and other.labels is not None
+    if set(task.labels) != set(other.labels):
+        raise ValueError(f"the teacher's labels must be {task.labels}, got {other.labels}")
+    encoded = other.encode(examples, labelled=False)
+    logits = infer(teacher.model, encoded.packed, lambda out: out.logits, teacher.batch_tokens)
+    return logits[:, [other.labels.index(label) for label in task.labels]].clone()
+
+
 def _with_lora(network: Any, rank: int) -> Any:
     try:
         import peft
     except ImportError:
         raise ValueError("lora needs peft: pip install peft") from None
-    heads = [name for name, _ in network.named_children() if name != "bert"]
+    others = [(name, module) for name, module in network.named_children() if name != "bert"]
+    heads = [name for name, module in others if any(True for _ in module.parameters())]
     config = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=["query", "value"], modules_to_save=heads
     )

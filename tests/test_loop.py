@@ -41,16 +41,20 @@ def batch_of(n_seqs, generator):
 
 
 class RandomSteps:
-    """Steps of 2 batches of 3 and 5 sequences, without an end; or, if whole, the same as one."""
+    """Steps of 2 batches of 3 and 5 sequences, without an end; or, if whole, the same as one; or
+    the batch of this rank of two."""
 
-    def __init__(self, whole=False):
+    def __init__(self, whole=False, rank=None):
         self.generator = torch.Generator().manual_seed(1)
-        self.whole = whole
+        self.whole, self.rank = whole, rank
 
     def __iter__(self):
         while True:
             whole = batch_of(8, self.generator)
-            yield [whole] if self.whole else cut(whole)
+            if self.rank == 1:  # another number of batches than rank 0 has
+                yield cut(cut(whole)[1], [2, 2, 1])
+            else:
+                yield [whole] if self.whole else cut(whole)[: None if self.rank is None else 1]
 
     def state_dict(self):
         return {"generator": self.generator.get_state()}
@@ -59,8 +63,9 @@ class RandomSteps:
         self.generator.set_state(state["generator"])
 
 
-def cut(batch):
-    parts = zip(batch.packed.split([3, 5]), batch.labels["labels"].split([3, 5]), strict=True)
+def cut(batch, sizes=(3, 5)):
+    sizes = list(sizes)
+    parts = zip(batch.packed.split(sizes), batch.labels["labels"].split(sizes), strict=True)
     return [MicroBatch(p, {"labels": x}, {"labels": len(x)}) for p, x in parts]
 
 
@@ -268,6 +273,55 @@ def test_stops_where_the_loss_is_not_finite(tmp_path):
 
     with pytest.raises(ValueError, match="the loss is nan near step 4"):
         run(tmp_path, loss_of=infinite)
+
+
+RANK = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+import torch.distributed as dist
+torch.set_num_threads(1)
+from pathlib import Path
+from test_loop import *
+dist.init_process_group("gloo", init_method="file://{folder}/meet", rank={rank}, world_size=2)
+folder, found = Path("{folder}"), []
+for resume in (False, True):
+    model = model_of(0.0).double()
+    options = Options(6, lr=1e-2, log_every=1, save_every=4)
+    result = fit(model, RandomSteps(rank={rank}), loss_of, options, folder, resume, quiet=True)
+    found.append((model.state_dict(), result.history))
+    if {rank} == 0 and not resume:
+        (folder / "checkpoints/step-000000006.pt").unlink()  # the second goes on from step 4
+    dist.barrier()
+torch.save(found, folder / "rank-{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_are_one_with_twice_the_batch(tmp_path):
+    """In float64, over gloo, ranks with different numbers of batches; then resumed."""
+    model = model_of(0.0).double()
+    options = Options(6, lr=1e-2, log_every=1)
+    one = fit(model, RandomSteps(whole=True), loss_of, options, tmp_path / "one", quiet=True)
+    tests = os.path.dirname(__file__)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", RANK.format(tests=tests, folder=tmp_path, rank=rank)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    for rank in (0, 1):
+        (state, history), (resumed, its_history) = torch.load(tmp_path / f"rank-{rank}.pt")
+        assert history == its_history
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(state[name], value)
+            assert torch.equal(resumed[name], state[name])
+        for ours, expected in zip(history, one.history, strict=True):
+            assert ours == pytest.approx(expected)
 
 
 def test_groups():
