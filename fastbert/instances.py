@@ -136,6 +136,7 @@ class Instances:
     short_probability: float = 0.1
     seed: int = 0
     block_tokens: int = 1 << 23
+    _blocks: dict[int, list[Ints]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.max_length < 8:
@@ -150,12 +151,14 @@ class Instances:
 
     def blocks(self, epoch: int) -> list[Ints]:
         """The documents of each block of an epoch."""
-        rng = np.random.default_rng([self.seed, epoch])
-        documents = rng.permutation(self.documents)
-        ends = np.cumsum(self.corpus.lengths[documents])
-        n_blocks = max(1, round(int(ends[-1]) / self.block_tokens))
-        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, n_blocks) / n_blocks) + 1
-        return [part for part in np.split(documents, cuts) if len(part)]
+        if epoch not in self._blocks:
+            documents = np.random.default_rng([self.seed, epoch]).permutation(self.documents)
+            ends = np.cumsum(self.corpus.lengths[documents])
+            n_blocks = max(1, round(int(ends[-1]) / self.block_tokens))
+            cuts = np.searchsorted(ends, ends[-1] * np.arange(1, n_blocks) / n_blocks) + 1
+            self._blocks.clear()  # one epoch's are kept
+            self._blocks[epoch] = [part for part in np.split(documents, cuts) if len(part)]
+        return self._blocks[epoch]
 
     def plan(self, block: Block, rng: np.random.Generator) -> Pairs:
         """Instances of a block in random order."""

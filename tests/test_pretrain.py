@@ -19,7 +19,7 @@ from fastbert.cli import main
 from fastbert.instances import Instances, hold_out
 from fastbert.lamb import LAMB
 from fastbert.masking import Vocabulary
-from fastbert.pretrain import SIZES, Recipe, pretrain
+from fastbert.pretrain import Recipe, pretrain
 from fastbert.scored import Scored, evaluate, held_out_batches, loss_of
 from fastbert.shards import Corpus
 
@@ -239,10 +239,20 @@ def test_two_ranks_of_fsdp_are_one_too_and_go_on(data, trained, on_one_rank, tmp
     assert_same(on_one_rank, tmp_path / "m")
 
 
-def test_minutes_become_steps(data, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastbert.pretrain._seconds_a_step", lambda *_: 10.0)
-    numbers = run(data, tmp_path / "m", steps=None, minutes=1, corpus=trained[1])
-    assert numbers["steps"] == round(0.95 * 60 / 10)
+def test_minutes_become_steps_and_trying_changes_nothing(data, trained, tmp_path, monkeypatch):
+    tried = []
+
+    def seconds(*args):
+        tried.append(try_it(*args))
+        return 9.0
+
+    try_it = fastbert.pretrain._seconds_a_step
+    monkeypatch.setattr("fastbert.pretrain._SECONDS_TRIED", 0.0)
+    monkeypatch.setattr("fastbert.pretrain._seconds_a_step", seconds)
+    changes = {"steps": None, "minutes": 1, "corpus": trained[1]}
+    assert run(data, tmp_path / "m", **changes)["steps"] == round(0.95 * 60 / 9) == 6
+    assert tried[0] > 0
+    assert_same(tmp_path / "m", trained[0])
 
 
 def test_one_text_and_sinusoidal_positions(data, trained, tmp_path):
@@ -255,12 +265,17 @@ def test_one_text_and_sinusoidal_positions(data, trained, tmp_path):
 
 
 def test_sizes_are_googles():
-    """google-research/bert's README: layers and hidden sizes; and its parameters of base."""
-    tokenizer = BertTokenizer({t: i for i, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]",
-                                                           "[MASK]", "a"])})  # fmt: skip
-    assert SIZES["medium"] == (8, 512)
+    """Millions of parameters with a vocabulary of 30,522, as google-research/bert's README has."""
+    wanted = {"tiny": 4.4, "mini": 11.3, "small": 29.1, "medium": 41.7, "base": 110.1}
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(30_517))]
+    tokenizer = BertTokenizer({token: id for id, token in enumerate(tokens)})
+    for size, millions in wanted.items():
+        with torch.device("meta"):
+            model = BertForPreTraining(Recipe(steps=1, size=size).config(tokenizer))
+        assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - millions) <= 0.1
     config = Recipe(steps=1, size="large").config(tokenizer)
-    assert (config.num_attention_heads, config.intermediate_size) == (16, 4096)
+    shape = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    assert (*shape, config.intermediate_size) == (24, 1024, 16, 4096)
 
 
 @pytest.mark.parametrize(
