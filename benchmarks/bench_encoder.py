@@ -32,7 +32,7 @@ def folders(tmp_path_factory):
 
     base = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    config = BertConfig(extra={"position_embedding_type": "absolute"})  # asked for by CTranslate2
+    config = BertConfig()
     BertModel(config).save_pretrained(base)
     BertTokenizer.from_pretrained(minilm_folder()).save_pretrained(base)
     return {"minilm": minilm_folder(), "base": base}

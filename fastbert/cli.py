@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fastbert.cli_pretrain import add_pretrain
+from fastbert.cli_train import add_evaluate, add_predict, add_train
 from fastbert.files import replace_folder
 from fastbert.readers import FORMATS, TextSource
 
@@ -58,7 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastbert", description="BERT made fast without changing it.")
     parser.add_argument("--version", action="version", version=f"fastbert {version('fastbert')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_info, _add_embed, _add_convert, _add_vocab):
+    adds = (
+        _add_info,
+        _add_embed,
+        add_train,
+        add_evaluate,
+        add_predict,
+        _add_convert,
+        _add_vocab,
+        add_pretrain,
+    )
+    for add in adds:
         command = add(commands)
         command.add_argument(
             "--traceback", action="store_true", help="show where in the code an error arose"

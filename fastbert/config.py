@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+POSITIONS = ("absolute", "sinusoidal")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -20,6 +21,8 @@ class BertConfig:
     Keys that are not fields here are kept in `extra`, read as attributes and saved again. Raises
     ValueError on values no BERT can have. num_labels, id2label, label2id: each follows from the
     others; two labels when none is given, and new names where num_labels is not that of id2label.
+
+    position_embedding_type: "absolute" positions are learned; "sinusoidal" ones are a fixed table.
 
     An assignment is checked as the constructor's values are. What a model has been made with does
     not change by it, as in transformers.
@@ -34,6 +37,7 @@ class BertConfig:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     max_position_embeddings: int = 512
+    position_embedding_type: str = "absolute"
     type_vocab_size: int = 2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
@@ -72,6 +76,9 @@ class BertConfig:
         )
         for name in ("initializer_range", "layer_norm_eps"):
             self._require(name, "a number of at least 0", lambda v: _is_number(v) and v >= 0)
+        self._require(
+            "position_embedding_type", f"one of {', '.join(POSITIONS)}", lambda v: v in POSITIONS
+        )
         self._require("hidden_act", f"one of {', '.join(HIDDEN_ACTS)}", lambda v: v in HIDDEN_ACTS)
         self._require(
             "pad_token_id",
@@ -91,9 +98,6 @@ class BertConfig:
         )
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise ValueError("single_label_classification wants num_labels of at least 2, got 1")
-        kind = self.extra.get("position_embedding_type", "absolute")
-        if kind != "absolute":
-            raise ValueError(f"position_embedding_type must be 'absolute', got {kind!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "extra" not in self.__dict__:  # the constructor is at work, and checks at its end

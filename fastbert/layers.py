@@ -34,6 +34,24 @@ def _rate(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 
 
+class SinusoidalPositions(nn.Embedding):
+    """PE(pos, 2i) = sin(pos / 10000^(2i / hidden)), PE(pos, 2i + 1) its cosine (Vaswani et al.
+    2017, 3.5): a table like a learned one, and saved as it, but not trained."""
+
+    def __init__(self, n_positions: int, hidden_size: int) -> None:
+        super().__init__(n_positions, hidden_size)
+        self.weight.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        n_positions, hidden_size = self.weight.shape
+        angle = torch.arange(n_positions, dtype=torch.float64)[:, None] / 10000 ** (
+            torch.arange(0, hidden_size, 2, dtype=torch.float64) / hidden_size
+        )
+        table = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :hidden_size]
+        with torch.no_grad():
+            self.weight.copy_(table)
+
+
 class BertEmbeddings(nn.Module):
     """Word, token type and position embeddings of packed tokens: to (n_tokens, hidden)."""
 
@@ -42,7 +60,10 @@ class BertEmbeddings(nn.Module):
         self.word_embeddings = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        is_fixed = config.position_embedding_type == "sinusoidal"
+        self.position_embeddings = (SinusoidalPositions if is_fixed else nn.Embedding)(
+            config.max_position_embeddings, config.hidden_size
+        )
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -69,7 +90,7 @@ class BertEmbeddings(nn.Module):
     def _is_plain(self) -> bool:
         tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
         return (
-            all(is_plain(table, nn.Embedding) for table in tables)
+            all(is_plain(table, (nn.Embedding, SinusoidalPositions)) for table in tables)
             and is_plain(self.LayerNorm, (LayerNorm, nn.LayerNorm))
             and is_plain(self.dropout, nn.Dropout)
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastbert.config import BertConfig
 from fastbert.files import find_checkpoint
+from fastbert.layers import SinusoidalPositions
 from fastbert.weights import HEADS, WEIGHTS_NAME, match_tensors, read_tensors, write_tensors
 
 # Parts of names of encoders' tensors that a checkpoint may lack: then they are made afresh.
@@ -128,7 +129,9 @@ class BertPreTrainedModel(nn.Module):
 
     def _init_weights(self, module: nn.Module) -> None:
         """BERT's first weights: normal, `initializer_range` wide; zero biases; unit layer norms."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, SinusoidalPositions):
+            module.reset_parameters()
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Texts out of .txt, .csv, .tsv, .jsonl and .parquet files, one at a time."""
+"""Rows and texts out of .txt, .csv, .tsv, .jsonl and .parquet files, one at a time."""
 
 from __future__ import annotations
 
@@ -23,25 +23,20 @@ _HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # what "\\ud83d" without its 
 _HOW_TO_GO_ON = "--errors replace puts U+FFFD in its place and goes on"
 
 
-class TextSource:
-    """The texts of a file, in order. Iterating again starts again, but not on standard input.
+class RecordFile:
+    """The rows of a table, in order: `records` gives where each is, "line 5", and its columns.
 
-    path: a file, or "-" for standard input, a line a text. column: which column holds the text;
-    None guesses. format: one of FORMATS; None goes by the name (.txt, .csv.gz, ...). errors: what
-    bytes that are not UTF-8 do: "strict" refuses them, "replace" makes them U+FFFD.
+    path: a file, or "-" for standard input, a line a text. format: one of FORMATS; None goes by the
+    name (.txt, .csv.gz, ...). errors: what bytes that are not UTF-8 do: "strict" refuses them,
+    "replace" makes them U+FFFD.
 
-    txt: every line is a text, empty ones too. csv: RFC 4180 with a header line. tsv: a header line,
-    split at tabs, no quoting. In both a record must have as many fields as the header. jsonl: an
-    object a line. Raises ValueError with the file and the line for anything else.
+    csv: RFC 4180 with a header line. tsv: a header line, split at tabs, no quoting. In both a
+    record must have as many fields as the header. jsonl: an object a line. txt: a line a text, in
+    the column "text". Raises ValueError with the file and the line for anything else.
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        *,
-        column: str | None = None,
-        format: str | None = None,
-        errors: str = "strict",
+        self, path: str | Path, *, format: str | None = None, errors: str = "strict"
     ) -> None:
         self.is_stdin = str(path) == "-"
         self.path = Path(path)
@@ -51,26 +46,35 @@ class TextSource:
             what = "is not a file" if self.path.exists() else "does not exist"
             raise FileNotFoundError(f"{self.name} {what}")
         self.format = format or ("txt" if self.is_stdin else _format_of(self.path))
-        self.guessed = column is None and self.format != "txt"
-        self.column = column
         self._file: IO[bytes] | None = None
         self._share: float | None = None
         if self.is_stdin and self.format != "txt":
             raise ValueError(f"standard input is read as txt, a line a text, not as {self.format}")
-        if self.format != "txt":
-            self.column = self._choose_column()
-        elif column is not None:
-            raise ValueError(f"{self.name} is read as txt, which has no columns, so no {column!r}")
 
-    def __iter__(self) -> Iterator[str]:
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Where each row is, and its values by column: text, but in jsonl and parquet."""
         if self.format == "parquet":
-            yield from self._parquet_texts()
+            yield from self._parquet_records()
         elif self.format == "txt":
-            for _, line in self._lines():
-                yield line.removesuffix("\n").removesuffix("\r")
+            for number, line in self.lines():
+                yield f"line {number}", {"text": line.removesuffix("\n").removesuffix("\r")}
         else:
             for number, record in self._records():
-                yield self._text(record, f"line {number}")
+                yield f"line {number}", record
+
+    def _parquet_records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        pa, parquet = import_pyarrow()
+        row = 0
+        try:
+            with parquet.ParquetFile(self.path) as file:
+                for batch in file.iter_batches(8192):
+                    for record in batch.to_pylist():
+                        yield f"row {row} (the first is 0)", record
+                        row += 1
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.name}, row {row} or later: not UTF-8: {error}") from None
+        except pa.ArrowException as error:
+            raise ValueError(f"{self.name} cannot be read as parquet: {error}") from None
 
     def share_read(self) -> float | None:
         """How much of the file has been read, 0 to 1; None where that cannot be known."""
@@ -78,7 +82,7 @@ class TextSource:
             self._share = self._file.tell() / max(1, self.path.stat().st_size)
         return self._share
 
-    def _lines(self) -> Iterator[tuple[int, str]]:
+    def lines(self) -> Iterator[tuple[int, str]]:
         """Each line with its number from 1 and its line end. Only a line feed ends a line."""
         with nullcontext(sys.stdin.buffer) if self.is_stdin else self.path.open("rb") as raw:
             self._file = raw
@@ -105,7 +109,7 @@ class TextSource:
     def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The rows of a csv, tsv or jsonl file with their line numbers."""
         if self.format == "jsonl":
-            for number, line in self._lines():
+            for number, line in self.lines():
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
@@ -128,17 +132,50 @@ class TextSource:
             yield number, dict(zip(header, fields, strict=True))
 
     def _tsv_rows(self) -> Iterator[tuple[int, list[str]]]:
-        for number, line in self._lines():
+        for number, line in self.lines():
             yield number, line.removesuffix("\n").removesuffix("\r").split("\t")
 
     def _csv_rows(self) -> Iterator[tuple[int, list[str]]]:
         csv.field_size_limit(sys.maxsize)  # a text may be long; Python's limit is 131,072
-        reader = csv.reader((line for _, line in self._lines()), strict=True)
+        reader = csv.reader((line for _, line in self.lines()), strict=True)
         try:
             for fields in reader:
                 yield reader.line_num, fields or [""]
         except csv.Error as error:
             raise ValueError(f"{self.name}, line {reader.line_num}: not CSV: {error}") from None
+
+
+class TextSource(RecordFile):
+    """The texts of a file, in order. Iterating again starts again, but not on standard input.
+
+    path, format, errors: as RecordFile's. column: which column holds the text; None guesses.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        column: str | None = None,
+        format: str | None = None,
+        errors: str = "strict",
+    ) -> None:
+        super().__init__(path, format=format, errors=errors)
+        self.guessed = column is None and self.format != "txt"
+        self.column = column
+        if self.format != "txt":
+            self.column = self._choose_column()
+        elif column is not None:
+            raise ValueError(f"{self.name} is read as txt, which has no columns, so no {column!r}")
+
+    def __iter__(self) -> Iterator[str]:
+        if self.format == "parquet":
+            yield from self._parquet_texts()
+        elif self.format == "txt":
+            for _, line in self.lines():
+                yield line.removesuffix("\n").removesuffix("\r")
+        else:
+            for number, record in self._records():
+                yield self._text(record, f"line {number}")
 
     def _text(self, record: dict[str, Any], where: str) -> str:
         value = record.get(self.column or "")

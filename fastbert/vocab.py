@@ -76,13 +76,13 @@ def train_vocab(
     )
     start = time.perf_counter()
     n_texts = 0
-    with closing(_Progress("texts", show_progress)) as progress:
+    with closing(Progress("texts", show_progress)) as progress:
         for n_texts, batch in _batches(texts):  # type: ignore[arg-type]
             counts.add(batch, n_threads)
-            share = _share_read(sources or [])
+            share = share_read(sources or [])
             progress.show(n_texts, round(n_texts / share) if share else None)
     counted = time.perf_counter()
-    with closing(_Progress("tokens", show_progress)) as progress:
+    with closing(Progress("tokens", show_progress)) as progress:
         tokens = counts.train(
             lambda n_tokens: progress.show(n_tokens, vocab_size),
             size=vocab_size,
@@ -131,7 +131,7 @@ def _source(path: Any) -> TextSource:
         ) from None
 
 
-def _share_read(sources: list[TextSource]) -> float | None:
+def share_read(sources: list[TextSource]) -> float | None:
     """How much of all files has been read, 0 to 1; None where that cannot be known."""
     if any(source.is_stdin for source in sources):
         return None
@@ -171,7 +171,7 @@ def _utf8(texts: list[str]) -> bytes:
         raise TypeError(f"texts must be valid Unicode, got the lone surrogate {half!a}") from None
 
 
-class _Progress:
+class Progress:
     """How far it is, on stderr: a bar on a terminal, else a line every ten seconds."""
 
     def __init__(self, unit: str, shown: bool) -> None:

@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 
 import pytest
@@ -309,3 +310,39 @@ def test_refuses_what_it_is_not():
     packed = pack(torch.ones(1, 3).long(), torch.ones(1, 3))
     with pytest.raises(ValueError, match="give nothing beside it"):
         model(packed, torch.ones(1, 3))
+
+
+# 33 is odd: its last column is a sine.
+@pytest.mark.parametrize("hidden", [32, 33])
+def test_sinusoidal_positions_are_the_formula_and_stay(hidden):
+    config = BertConfig(
+        vocab_size=22, hidden_size=hidden, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8, max_position_embeddings=40, position_embedding_type="sinusoidal",
+    )  # fmt: skip
+    model = BertModel(config)
+    table = model.embeddings.position_embeddings.weight
+    for pos, dim in ((0, 0), (0, 1), (7, 5), (39, 30), (39, hidden - 1)):
+        angle = pos / 10000 ** (2 * (dim // 2) / hidden)
+        wanted = math.cos(angle) if dim % 2 else math.sin(angle)
+        assert table[pos, dim].item() == torch.tensor(wanted).float().item()
+    model.train()(torch.tensor([[5, 6, 7]])).last_hidden_state.sum().backward()
+    assert table.grad is None
+    assert model.embeddings.word_embeddings.weight.grad is not None
+
+
+def test_sinusoidal_positions_are_saved_and_transformers_reads_them(tmp_path):
+    config = BertConfig(
+        vocab_size=22, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=40, position_embedding_type="sinusoidal",
+    )  # fmt: skip
+    model = BertModel(config).eval()
+    model.save_pretrained(tmp_path)
+    again = BertModel.from_pretrained(tmp_path)
+    assert again.config.position_embedding_type == "sinusoidal"
+    assert not again.embeddings.position_embeddings.weight.requires_grad
+    ids = torch.randint(5, 22, (2, 30))
+    out = model(ids).last_hidden_state
+    assert torch.equal(again(ids).last_hidden_state, out)
+    theirs = transformers.BertModel.from_pretrained(tmp_path).eval()
+    exact = copy.deepcopy(theirs).double()(ids).last_hidden_state
+    assert_as_accurate(out, theirs(ids).last_hidden_state, exact)

@@ -248,7 +248,7 @@ def test_an_error_ends_the_merging():
 def test_progress(capsys, monkeypatch):
     for shown, lines in ((True, "5 of about 10 texts\n7 texts\n"), (False, "")):
         monkeypatch.setattr(vocab.time, "perf_counter", itertools.count(0, 9).__next__)
-        progress = vocab._Progress("texts", shown)
+        progress = vocab.Progress("texts", shown)
         progress.show(4, None)  # too early
         progress.show(5, 10)
         progress.show(7, None)
@@ -328,7 +328,7 @@ def test_ctrl_c_leaves_what_was_there(tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for place in ("fastbert.vocab._share_read", "fastbert.tokenizer_files.write_files"):
+    for place in ("fastbert.vocab.share_read", "fastbert.tokenizer_files.write_files"):
         with monkeypatch.context() as patch:
             patch.setattr(place, interrupt)
             assert run(tmp_path / "a.txt", "--out", out, "--overwrite") == 130
