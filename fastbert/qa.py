@@ -31,9 +31,12 @@ class _Windows:
 
 
 class QuestionTask(Task):
-    """Where the answer to a question is in a text; long texts are cut into windows that overlap by
-    `stride` tokens, None: 128, or a third of a window where that is less. Where a training question has no answer, none may be given: it is the first
-    token, and wins where its score is above the best span's by more than null_threshold."""
+    """Where the answer to a question is in a text.
+
+    Long texts are cut into windows that overlap by `stride` tokens (None: 128, or a third of a
+    window where that is less). Where a training question has no answer, none may be given: it is
+    the first token, and wins where its score is above the best span's by more than null_threshold.
+    """
 
     name = "qa"
     head = BertForQuestionAnswering
