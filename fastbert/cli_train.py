@@ -75,7 +75,7 @@ def _add_task(tasks: Any, name: str, what: str) -> None:
         task.add_argument("--teaching", type=float, default=0.5, metavar="X", help="their share")
         task.add_argument("--temperature", type=float, default=2.0, metavar="T", help="of theirs")
     if name == "qa":
-        task.add_argument("--stride", type=int, default=128, help="tokens that windows share")
+        task.add_argument("--stride", type=int, metavar="N", help="tokens that windows share")
         task.add_argument(
             "--max-answer-length", type=int, default=30, metavar="N", help="in tokens"
         )

@@ -31,9 +31,12 @@ class _Windows:
 
 
 class QuestionTask(Task):
-    """Where the answer to a question is in a text; long texts are cut into windows that overlap by
-    `stride` tokens. Where a training question has no answer, none may be given: it is the first
-    token, and wins where its score is above the best span's by more than null_threshold."""
+    """Where the answer to a question is in a text.
+
+    Long texts are cut into windows that overlap by `stride` tokens (None: 128, or a third of a
+    window where that is less). Where a training question has no answer, none may be given: it is
+    the first token, and wins where its score is above the best span's by more than null_threshold.
+    """
 
     name = "qa"
     head = BertForQuestionAnswering
@@ -46,13 +49,14 @@ class QuestionTask(Task):
         tokenizer: Any,
         *,
         max_length: int = 384,
-        stride: int = 128,
+        stride: int | None = None,
         max_answer_length: int = 30,
         may_be_none: bool = False,
         null_threshold: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(tokenizer, max_length=min(max_length, 384), **options)
+        stride = min(128, self.max_length // 3) if stride is None else stride
         if not 0 <= stride < self.max_length:
             raise ValueError(f"stride must be from 0 to {self.max_length - 1}, got {stride}")
         self.stride, self.max_answer_length = stride, max_answer_length

@@ -467,6 +467,8 @@ class MaskedTask(Task):
         if not texts:
             raise ValueError(f"{examples.name} has no text")
         packed = self.tokenizer.pack(texts, max_length=self.max_length, dtype=torch.int32)
+        if np.isin(packed.input_ids.numpy(), self.tokenizer.all_special_ids).all():
+            raise ValueError(f"{examples.name}: the vocabulary knows no word of it")
         return Data(examples, packed)
 
     def collate(self, data: Data, index: Index, epoch: int) -> MicroBatch:

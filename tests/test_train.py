@@ -27,6 +27,7 @@ WORDS = (
     *("good", "bad", "film", "book", "the", "a", "was", "is", "very", "not", "who", "saw"),
     *("it", "ann", "bob", "paris", "rome", "in", ",", "?", "##s"),
 )
+pytestmark = pytest.mark.filterwarnings("ignore:.*initialised afresh")
 AUTO = {
     "classify": AutoModelForSequenceClassification,
     "pair": AutoModelForSequenceClassification,
@@ -164,7 +165,7 @@ def test_learns_and_others_read_the_folder(tiny, tmp_path, name):
     train = write(tmp_path / "train.jsonl", rows_of(name, 400))
     dev = write(tmp_path / "dev.jsonl", rows_of(name, 60, seed=1))
     task = {"multi": "classify"}.get(name, name)
-    options = {"multi": {"multi_label": True}, "qa": {"stride": 8}}.get(name, {})
+    options = {"multi_label": True} if name == "multi" else {}
     numbers = fastbert.train.train_task(
         task,
         train,
@@ -333,6 +334,12 @@ def test_masks(tiny):
     part = task.collate(data, index[5:9], 0).labels["labels"]
     start = int(data.packed.cu_seqlens[5])
     assert torch.equal(part, labels[start : start + len(part)])
+
+
+def test_texts_of_unknown_words_are_not_masked(tiny):
+    task, _ = data_of("mlm", tiny)
+    with pytest.raises(ValueError, match="the vocabulary knows no word of it"):
+        task.encode(read_examples(["zebra", "yak"], ("text",)))
 
 
 def test_r_drop_is_the_papers(tiny):
