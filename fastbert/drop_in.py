@@ -90,7 +90,7 @@ def accelerate(model: Any) -> Acceleration:
             report.slow[name] = reason
             continue
         else:
-            state = _State(encoder, found[0], report.calls)
+            state = _State(encoder, found[0])
             changes.append((encoder, state))
         n_layers = len(state.borrowed.owners)
         report.fast[name] = f"{found[1].__name__}, {n_layers} layers"
@@ -103,6 +103,7 @@ def accelerate(model: Any) -> Acceleration:
             f"got {type(model).__name__}{slow}"
         )
     for encoder, state in changes:
+        state.calls = report.calls
         _STATES[encoder] = state
         own: Any = type(encoder)
         encoder.__class__ = _fast_class(own)
@@ -145,9 +146,9 @@ def _why_never(encoder: Any, kind: type[nn.Module]) -> str | None:
 class _State:
     """What is kept for one accelerated encoder."""
 
-    def __init__(self, encoder: nn.Module, family: Family, calls: Counter[str]) -> None:
+    def __init__(self, encoder: nn.Module, family: Family) -> None:
         self.family = family
-        self.calls = calls
+        self.calls: Counter[str] = Counter()
         self.borrowed = Borrowed(encoder, family)
 
     def renew(self, encoder: nn.Module) -> Borrowed:
@@ -172,7 +173,7 @@ def _state_of(encoder: nn.Module) -> _State:
     if state is None:
         found = family_of(encoder)
         assert found is not None
-        state = _STATES[encoder] = _State(encoder, found[0], Counter())
+        state = _STATES[encoder] = _State(encoder, found[0])
     return state
 
 
@@ -310,6 +311,8 @@ def _inputs(encoder: Any, family: Family, given: dict[str, Any]) -> EncoderInput
     main = ids if embeds is None else embeds
     if (ids is None) == (embeds is None) or type(main) is not Tensor or main.numel() == 0:
         return "there is not one tensor of input_ids or inputs_embeds with something in it"
+    if torch._C._functorch.is_functorch_wrapped_tensor(main):
+        return "the call is one of torch.func's"
     if main.dim() != (2 if embeds is None else 3):
         return f"inputs are {tuple(main.shape)}"
     if embeds is None and main.dtype not in (torch.int64, torch.int32):

@@ -525,6 +525,27 @@ def test_compiling_takes_the_models_own_code(model, batch):
     assert relative_error(found, wanted) < LIMIT
 
 
+def test_functional_calls(model, batch):
+    """Other weights in the same modules; transformed inputs."""
+    others = {name: p * 1.1 for name, p in model.named_parameters()}
+    real = batch["attention_mask"].bool()
+
+    def vectors(weights):
+        return torch.func.functional_call(model, weights, (), batch).last_hidden_state[real]
+
+    def of_embeds(embeds):
+        return model(inputs_embeds=embeds).pooler_output.sum()
+
+    embeds = torch.randn(2, 5, 32)
+    wanted, slope = vectors(others), torch.func.grad(of_embeds)(embeds)
+    report = fastbert.accelerate(model)
+    assert relative_error(vectors(others), wanted) < LIMIT and not report.calls
+    with torch.no_grad():
+        assert relative_error(vectors(others), wanted) < LIMIT
+    assert relative_error(torch.func.grad(of_embeds)(embeds), slope) < LIMIT
+    assert list(report.calls) == ["the call is one of torch.func's"]
+
+
 def test_other_modules_in_a_layer(model, batch):
     class Scaled(nn.Linear):
         def forward(self, x):
