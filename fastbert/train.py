@@ -29,8 +29,9 @@ from fastbert.config import BertConfig
 from fastbert.examples import Examples, Source, read_examples
 from fastbert.files import find_checkpoint, model_folder, replace_folder
 from fastbert.loop import Options, fit
+from fastbert.masked import MaskedTask
 from fastbert.qa import QuestionTask
-from fastbert.tasks import Data, MaskedTask, SequenceTask, Task, TokenTask, infer
+from fastbert.tasks import Data, SequenceTask, Task, TokenTask, infer
 from fastbert.tokenizer import BertTokenizer
 
 SETTINGS_NAME = "fastbert_task.json"
