@@ -1,7 +1,8 @@
 """transformers' own tests of its models: the same outcomes with every encoder accelerated.
 
 They are not in transformers' packages: give a checkout of its repository, of the installed version,
-as FASTBERT_TRANSFORMERS_TESTS. A model's tests take minutes, twice.
+as FASTBERT_TRANSFORMERS_TESTS. They need the package parameterized. A model's tests take a minute or
+so, both ways.
 """
 
 import os
