@@ -1,8 +1,8 @@
 """pytest-benchmark's JSON to a results file and tables: `report.py RUN.json...`.
 
-On a GPU the parts of the suite come one by one: a group of rows replaces the one of that name in
-the GPU's file. What is written elsewhere, by RESULTS=FOLDER on another machine, is taken in
-with `report.py FOLDER/GPU.json`.
+A group of rows replaces the one of that name in the machine's file, as parts of the suite come one
+by one. What is written elsewhere, by RESULTS=FOLDER on another machine, is taken in with
+`report.py FOLDER/MACHINE.json`.
 """
 
 import json
@@ -259,7 +259,7 @@ def targets(results):
 
 
 def merged(old, new):
-    """Two results of one GPU: the newer of two groups of one name, all that machines differ in."""
+    """Two results of a machine: the newer of groups of one name, all that machines differ in."""
     groups = {row["group"] for row in new["results"]}
     kept = [row for row in old["results"] if row["group"] not in groups]
     where = {**old["machine"], **new["machine"]}
@@ -297,12 +297,14 @@ def main(path):
         where = machine()
         saved = {"machine": where, "results": rows(saved, bool(where["gpu"]))}
     where = saved["machine"]
-    name = re.sub(r"[^a-z0-9]+", "-", (where["gpu"] or f"cpu {where['cpu']}").lower()).strip("-")
+    # With what a CPU's name may hide.
+    title = where["gpu"] or f"cpu {where['cpu']}{' bfloat16' * where['native bfloat16']}"
+    name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     folder = Path(os.environ.get("RESULTS", HERE / "results"))
     out = folder / f"{name}.json"
     out.parent.mkdir(exist_ok=True, parents=True)
     print(measured(saved))
-    if where["gpu"] and out.is_file():
+    if out.is_file():
         saved = merged(json.loads(out.read_text()), saved)
     out.write_text(json.dumps(saved, indent=1) + "\n")
     print(f"written to {out}")
