@@ -211,9 +211,14 @@ ALIKE = {"max_grad_norm": 0.0}
 @pytest.fixture(scope="module")
 def on_one_rank(data, trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "model"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        run(data, out, **ALIKE, accumulate=2, corpus=trained[1])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun gives each rank: others add in another order
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("TRITON_INTERPRET", raising=False)
+            run(data, out, **ALIKE, accumulate=2, corpus=trained[1])
+    finally:
+        torch.set_num_threads(threads)
     return out
 
 
