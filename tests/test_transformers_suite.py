@@ -1,8 +1,8 @@
 """transformers' own tests of its models: the same outcomes with every encoder accelerated.
 
 They are not in transformers' packages: give a checkout of its repository, of the installed version,
-as FASTBERT_TRANSFORMERS_TESTS. They need the package parameterized. A model's tests take a minute or
-so, both ways.
+as FASTBERT_TRANSFORMERS_TESTS. They need the package parameterized. A model's tests take about a
+minute, both ways.
 """
 
 import os
