@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from bench_encoder import batches
+from bench_gpu import spread
 from peers import minilm_folder
 
 import fastbert
@@ -21,10 +22,7 @@ DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
 
 
 def lengths_at(fill, n_seqs, longest=128):
-    u = (torch.arange(n_seqs) + 0.5) / n_seqs
-    lengths = (longest * u ** (1 / fill - 1)).round().clamp(min=3).int()
-    lengths[-1] = longest
-    return lengths[torch.randperm(n_seqs, generator=torch.Generator().manual_seed(0))].tolist()
+    return spread(n_seqs, longest, fill, shortest=3)
 
 
 # name: (model, lengths)

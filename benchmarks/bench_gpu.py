@@ -67,13 +67,13 @@ def attention_flops(lengths, n_heads, head_dim, *, backward=False):
     return sum((10 if backward else 4) * n**2 * n_heads * head_dim for n in lengths)
 
 
-def spread(n_seqs, longest, fill):
+def spread(n_seqs, longest, fill, shortest=1):
     """Lengths up to `longest` and `fill` of it on average, many short, few long, in random order.
 
     longest * u ** (1 / fill - 1) for u evenly from 0 to 1, whose mean is fill * longest.
     """
     u = (torch.arange(n_seqs, dtype=torch.float64) + 0.5) / n_seqs
-    lengths = (longest * u ** (1 / fill - 1)).round().clamp(1, longest).long()
+    lengths = (longest * u ** (1 / fill - 1)).round().clamp(shortest, longest).long()
     lengths[-1] = longest
     return lengths[torch.randperm(n_seqs, generator=torch.Generator().manual_seed(0))].tolist()
 

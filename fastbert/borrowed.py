@@ -15,6 +15,7 @@ from torch import nn
 
 from fastbert.layers import (
     BertAttention,
+    BertEmbeddings,
     BertIntermediate,
     BertLayer,
     BertOutput,
@@ -191,7 +192,10 @@ def family_of(module: nn.Module) -> tuple[Family, type] | None:
 
 
 class Borrowed:
-    """The borrowed layers of an encoder, and whether they still are what the encoder computes."""
+    """What is borrowed of an encoder, and whether it still is what the encoder computes.
+
+    embeddings: None where there are no token types, which fastbert's always have.
+    """
 
     def __init__(self, encoder: Any, family: Family) -> None:
         self._list = encoder.get_submodule(family.layers)
@@ -205,6 +209,11 @@ class Borrowed:
                 self.layers.append(family.borrow(owner))
             except (CannotBorrowError, AttributeError) as error:
                 self.reasons[f"{family.layers}.{i}"] = str(error)
+        self.embeddings: BertEmbeddings | None = None
+        if family.has_types:
+            names = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+            parts = {n: getattr(encoder.embeddings, n) for n in (*names, "LayerNorm", "dropout")}
+            self.embeddings = _module(BertEmbeddings, **parts)
         self._named = {
             f"{prefix}.{name}".strip("."): module
             for prefix, part in (("embeddings", encoder.embeddings), (family.layers, self._list))

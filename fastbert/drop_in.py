@@ -24,7 +24,6 @@ from fastbert.inference import can_plan
 from fastbert.inputs import EncoderInputs
 from fastbert.kernels._triton import on_kernel_device
 from fastbert.kernels.attention import schedule
-from fastbert.kernels.embeddings import embed
 from fastbert.layers import infer
 from fastbert.watch import any_global_hooks, is_plain
 
@@ -380,7 +379,7 @@ def _run(encoder: Any, state: _State, inputs: EncoderInputs, given: dict[str, An
     wanted = {number % n for number in numbers if -n <= number < n} if asked else set()
     if states is None:
         inputs = inputs.by_length()
-    x = _embedded(encoder, state.family, inputs)
+    x = _embedded(encoder, state, inputs)
     if states is None and can_plan(x, encoder.training):
         x = infer(state.borrowed.layers, x, inputs.cu_seqlens, inputs.max_seqlen)
     else:
@@ -410,28 +409,18 @@ def _run(encoder: Any, state: _State, inputs: EncoderInputs, given: dict[str, An
     return values
 
 
-def _embedded(encoder: Any, family: Family, inputs: EncoderInputs) -> Tensor:
+def _embedded(encoder: Any, state: _State, inputs: EncoderInputs) -> Tensor:
     """(n_tokens, hidden): what the first layer is given."""
-    parts = encoder.embeddings
-    tables = (parts.word_embeddings, parts.position_embeddings)
+    parts, borrowed = encoder.embeddings, state.borrowed.embeddings
     kind: Any = type(parts)
     # DistilBERT's of transformers 4 take columns for positions: those of packed tokens are others.
     is_own = kind.__module__.startswith("transformers.")
     of_columns = is_own and "position_ids" not in _parameters(kind)
-    if (
-        family.has_types
-        and inputs.input_ids is not None
-        and on_kernel_device(parts.word_embeddings.weight)
-        and all(is_plain(t, nn.Embedding) for t in (*tables, parts.token_type_embeddings))
-        and is_plain(parts.LayerNorm, nn.LayerNorm)
-    ):
-        norm, dropout = parts.LayerNorm, parts.dropout
-        x = embed(
-            inputs.input_ids, inputs.token_type_ids, inputs.position_ids,
-            parts.word_embeddings.weight, parts.token_type_embeddings.weight,
-            parts.position_embeddings.weight, norm.weight, norm.bias,
-            dropout.p if dropout.training else 0.0, norm.eps, parts.word_embeddings.padding_idx,
-        )  # fmt: skip
+    has_kernel = on_kernel_device(parts.word_embeddings.weight)
+    if borrowed is not None and has_kernel and is_plain(parts, kind):  # else it must be called
+        x = borrowed(
+            inputs.input_ids, inputs.token_type_ids, inputs.position_ids, inputs.inputs_embeds
+        )
     elif of_columns:
         embeds = inputs.inputs_embeds
         x = parts.word_embeddings(inputs.input_ids) if embeds is None else embeds
@@ -442,7 +431,7 @@ def _embedded(encoder: Any, family: Family, inputs: EncoderInputs) -> Tensor:
             "inputs_embeds": inputs.inputs_embeds,
             "position_ids": inputs.position_ids,
         }
-        if family.has_types:
+        if state.family.has_types:
             args["token_type_ids"] = inputs.token_type_ids
         x = parts(**{name: None if t is None else t[None] for name, t in args.items()})[0]
     project = getattr(encoder, "embeddings_project", None)
@@ -465,7 +454,7 @@ def _through_layers(
             kept = inputs.restore(x) if number in wanted else None
             states.append(kept)
             if kept is not None and x.requires_grad:
-                x = inputs.take(kept)  # so that gradients in it are those of the output
+                x = inputs.pick(kept)  # so that gradients in it are those of the output
         if _must_be_called(owner):
             inner = unwrapped(owner)
             if not _is_fast(inner):

@@ -168,9 +168,10 @@ class EncoderInputs:
         return self.padded_shape or (self.n_tokens,)
 
     def pick(self, values: Tensor) -> Tensor:
-        """Values for each token as given, (n_seqs, length) or (n_tokens,), to those of `input_ids`.
-        What stands at padding is not read."""
-        values = values.flatten()
+        """Values for each token as given, (n_seqs, length, ...) or (n_tokens, ...), to those of
+        `input_ids`. What stands at padding is not read."""
+        if self.padded_shape is not None:
+            values = values.flatten(0, 1)
         return values if self.index is None else values.index_select(0, self.index)
 
     def to_rows(self, x: Tensor) -> Tensor:
@@ -213,12 +214,6 @@ class EncoderInputs:
             n_seqs, length = self.padded_shape
             x = x.new_zeros(n_seqs * length, *x.shape[1:]).index_copy_(0, self.index, x)
         return x.unflatten(0, self.padded_shape)
-
-    def take(self, x: Tensor) -> Tensor:
-        """What `restore` made, packed again."""
-        if self.padded_shape is not None:
-            x = x.flatten(0, 1)
-        return x if self.index is None else x.index_select(0, self.index)
 
     def restore_weights(self, weights: Tensor) -> Tensor:
         """Attention weights, (n_seqs, n_heads, max, max), to the columns that was given."""
