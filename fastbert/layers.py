@@ -91,6 +91,11 @@ class BertEmbeddings(nn.Module):
         tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
         return (
             all(is_plain(table, (nn.Embedding, SinusoidalPositions)) for table in tables)
+            # `embed` leaves out the gradient of a row of words only; RoBERTa has one of positions.
+            and not (
+                torch.is_grad_enabled()
+                and any(table.padding_idx is not None for table in tables[1:])
+            )
             and is_plain(self.LayerNorm, (LayerNorm, nn.LayerNorm))
             and is_plain(self.dropout, nn.Dropout)
         )

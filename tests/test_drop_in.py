@@ -496,6 +496,32 @@ def test_eval_keeps_what_is_prepacked(model, batch):
     assert_alike(found, model(**batch), batch["attention_mask"])
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["BertModel", "RobertaModel", "DistilBertModel"])
+def test_with_kernels(name, batch, device):
+    """As on a GPU, forward and backward; heads of 16, which attention's kernels take."""
+    changes = {"n_heads": 2} if name == "DistilBertModel" else {"num_attention_heads": 2}
+    model = make(name, FAMILIES[name][0], **changes).to(device)
+    batch = {key: tensor.to(device) for key, tensor in batch.items()}
+    real = batch["attention_mask"].bool()
+
+    def outcome():
+        model.zero_grad()
+        out = model(**batch).last_hidden_state[real]
+        out[:, :7].sum().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return out.detach(), gradients
+
+    wanted, wanted_gradients = outcome()
+    report = fastbert.accelerate(model)
+    found, gradients = outcome()
+    assert relative_error(found, wanted) < LIMIT and not report.calls
+    assert gradients.keys() == wanted_gradients.keys()
+    scale = max(g.abs().max() for g in wanted_gradients.values())
+    for key, gradient in gradients.items():
+        assert (gradient - wanted_gradients[key]).abs().max() < 1e-4 * scale, key
+
+
 @torch.no_grad()
 def test_many_threads(model, batch):
     fastbert.accelerate(model)
