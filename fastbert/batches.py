@@ -121,6 +121,7 @@ class TokenBatches:
             n_steps, plan = self.steps_of_epoch[self.epoch], self.plan(self.epoch)
             while self.step < n_steps:
                 mine = plan[self.step][self.rank :: self.n_ranks]
+                mine = mine[np.argsort(self.lengths[mine], kind="stable")]  # equal ones are one run
                 self.step += 1
                 yield [
                     self.collate(mine[run], self.epoch)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.kernels._dropout import dropout_arguments, is_kept_ref
+from fastbert.kernels._dropout import dropout, dropout_arguments, is_kept_ref
 
 
 def runs_of(bounds: Sequence[int]) -> list[tuple[int, int]]:
@@ -59,6 +59,7 @@ def attend(
     if not runs:
         return torch.empty_like(q)
     out = []
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     for (_, *lengths), *parts in _split(runs, q, k, v):
         length, key_length = lengths[0], lengths[-1]
         heads = [x.transpose(1, 2) for x in parts]  # (n_seqs, n_heads, length, head_dim)
@@ -68,10 +69,16 @@ def attend(
             if length < key_length:
                 mask = _seen(length, key_length, q.device)
         run = heads[0][:, :, n_blind:]
-        if n_blind < length:
+        if n_blind < length and dropout_p:  # torch's own draws bits slowly, and looks for -inf
+            scores = (run * scale) @ heads[1].mT
+            if causal:
+                is_seen = _seen(length - n_blind, key_length, q.device) if mask is None else mask
+                scores = scores.masked_fill(~is_seen, -math.inf)
+            run = dropout(scores.softmax(-1), dropout_p) @ heads[2]
+        elif n_blind < length:
             run = F.scaled_dot_product_attention(
                 run, heads[1], heads[2], mask, dropout_p,
-                causal and mask is None, scale=softmax_scale,
+                causal and mask is None, scale=scale,
             )  # fmt: skip
         if n_blind:
             run = F.pad(run, (0, 0, n_blind, 0))

@@ -9,6 +9,7 @@ Philox by itself takes 25, and would cost attention more than its products do.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.kernels._triton import jit, tl
@@ -26,6 +27,24 @@ def dropout_arguments(p: float) -> tuple[int, float]:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p must be from 0 to 1, got {p}")
     return min(round(p * 2**32), 2**32 - 1) - 2**31, 1 / (1 - p) if p < 1 else 0.0
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """F.dropout, on a CPU with a fifth of the time for random bits: 16 decide an element.
+
+    So p is rounded to a multiple of 2**-16 there, and what is kept is divided by the share of it.
+    """
+    n_dropped = round(p * 2**16)
+    if (
+        x.device.type != "cpu"
+        or not 0 < n_dropped < 2**16
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return F.dropout(x, p)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    is_kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= n_dropped - 2**15
+    return torch.where(is_kept, x * (2**16 / (2**16 - n_dropped)), 0.0)
 
 
 @jit()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastbert.kernels._dropout import (
     draw_seed,
+    dropout,
     dropout_arguments,
     is_kept,
     is_kept_ref,
@@ -39,7 +40,7 @@ def embed_ref(
 ) -> Tensor:
     x = F.embedding(input_ids, word, padding_idx) + F.embedding(token_type_ids, token_type)
     x = F.layer_norm(x + F.embedding(position_ids, position), word.shape[-1:], weight, bias, eps)
-    return F.dropout(x, dropout_p) if dropout_p else x
+    return dropout(x, dropout_p) if dropout_p else x
 
 
 @dataclass(frozen=True)

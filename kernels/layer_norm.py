@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastbert.kernels._dropout import (
     draw_seed,
+    dropout,
     dropout_arguments,
     is_kept,
     is_kept_ref,
@@ -27,7 +28,7 @@ def layer_norm_ref(
     eps: float = 1e-12,
 ) -> Tensor:
     if dropout_p:
-        x = F.dropout(x, dropout_p)
+        x = dropout(x, dropout_p)
     if residual is not None:
         x = x + residual
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

@@ -87,6 +87,17 @@ def test_dropout_drops(device):
     assert torch.equal(out, attention(qkv, bounds, 64, dropout_p=p))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n_queries, n_keys", [(6, 6), (3, 8), (8, 3)])
+def test_plain_torch_computes_the_same_with_dropout(n_queries, n_keys, causal):
+    """With a share so small that nothing is dropped: what is written out equals torch's own."""
+    q, k, v = (torch.randn(n, 2, 16, dtype=torch.float64) for n in (n_queries, n_keys, n_keys))
+    more = {"cu_seqlens_k": cu([n_keys]), "max_seqlen_k": n_keys, "causal": causal}
+    args = (q, k, v, cu([n_queries]), n_queries)
+    out = attention_ref(*args, dropout_p=1e-12, softmax_scale=0.3, **more)
+    torch.testing.assert_close(out, attention_ref(*args, softmax_scale=0.3, **more))
+
+
 def test_weights_are_those_that_are_applied():
     q, k, v = torch.randn(sum(LENGTHS), 3, 2, 16).unbind(1)
     cu_seqlens = cu(LENGTHS)

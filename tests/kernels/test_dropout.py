@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from fastbert.kernels._dropout import dropout_arguments, is_kept, is_kept_ref, philox_ref, row_words
+from fastbert.kernels._dropout import (
+    dropout,
+    dropout_arguments,
+    is_kept,
+    is_kept_ref,
+    philox_ref,
+    row_words,
+)
 from fastbert.kernels._triton import jit, tl
 
 
@@ -64,3 +71,28 @@ def test_what_is_kept_looks_random():
 def test_refuses():
     with pytest.raises(ValueError, match=r"dropout_p must be from 0 to 1, got -0\.1"):
         dropout_arguments(-0.1)
+
+
+@pytest.mark.parametrize("shape", [(100, 257), (3,), (0, 8)])
+def test_on_a_cpu_16_bits_decide(shape):
+    torch.manual_seed(0)
+    x = torch.rand(shape, dtype=torch.float64).add(1).requires_grad_()
+    out = dropout(x, 0.3)
+    out.sum().backward()
+    kept = out != 0
+    torch.testing.assert_close(out[kept], x[kept] / 0.7, rtol=2**-16, atol=0)
+    torch.testing.assert_close(x.grad, kept.double() / 0.7, rtol=2**-16, atol=0)
+    n = x.numel()  # the share that is kept, within five standard deviations
+    assert abs(int(kept.sum()) - 0.7 * n) <= 5 * (0.21 * n) ** 0.5
+
+
+def test_on_a_cpu_it_follows_from_torchs_seed():
+    x = torch.ones(64, 100)
+    first, second = (torch.manual_seed(3) and dropout(x, 0.5) for _ in range(2))
+    assert torch.equal(first, second) and not torch.equal(first, dropout(x, 0.5))
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_all_or_nothing(p):
+    x = torch.ones(5, 7)
+    assert torch.equal(dropout(x, p), x * (1 - p))
