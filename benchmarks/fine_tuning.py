@@ -253,6 +253,7 @@ def main():
     if args.one:
         print(json.dumps(one(args.tasks[0], args.one[0], int(args.one[1]))))
         return
+    sys.path.append(str(HERE))  # which -P leaves out
     from report import between, machine
 
     where = {**machine(), "threads": args.threads}

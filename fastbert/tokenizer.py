@@ -537,7 +537,7 @@ class BertTokenizer:
                 )
         if text_pairs is not None and not is_arrow(texts) and len(texts) != len(text_pairs):
             raise ValueError(f"{len(texts)} texts do not go with {len(text_pairs)} text_pairs")
-        if max_length < self.num_special_tokens_to_add(pair=True):
+        if max_length is None or max_length < self.num_special_tokens_to_add(pair=True):
             raise ValueError(f"max_length must leave room for [CLS] and [SEP], got {max_length}")
         if num_threads is not None and num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, got {num_threads}")
