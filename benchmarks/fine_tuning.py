@@ -264,13 +264,14 @@ def main():
     saved["machine"] = where
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1",
                    "RAYON_NUM_THREADS": str(args.threads)}  # fmt: skip
+    known = {(row["task"], row["by"], row["seed"]) for row in saved["runs"]}
     for seed, task, by in itertools.product(range(args.seeds), args.tasks, BY):
+        if (task, by, seed) in known:
+            continue
         command = [sys.executable, "-P", __file__, task, "--one", by, str(seed)]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
         row = json.loads(done.stdout.splitlines()[-1])
         print(json.dumps(row), flush=True)
-        same = (task, by, seed)
-        saved["runs"] = [r for r in saved["runs"] if (r["task"], r["by"], r["seed"]) != same]
         saved["runs"].append(row)
         out.write_text(json.dumps(saved, indent=1) + "\n")
     readme = HERE / "README.md"

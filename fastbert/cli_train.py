@@ -74,6 +74,11 @@ def _add_task(tasks: Any, name: str, what: str) -> None:
         )
         task.add_argument("--teaching", type=float, default=0.5, metavar="X", help="their share")
         task.add_argument("--temperature", type=float, default=2.0, metavar="T", help="of theirs")
+    if name == "mlm":
+        task.add_argument(
+            "--masking", choices=("tokens", "words", "spans"), default="tokens", help="what is hid"
+        )
+        task.add_argument("--mask-rate", type=float, default=0.15, metavar="X", help="share of it")
     if name == "qa":
         task.add_argument("--stride", type=int, metavar="N", help="tokens that windows share")
         task.add_argument(

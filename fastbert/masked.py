@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastbert.batches import Index, by_budget, select, token_index
 from fastbert.examples import Examples
 from fastbert.lm import BertForMaskedLM
 from fastbert.loop import MicroBatch
 from fastbert.losses import IGNORED
-from fastbert.packing import PackedBatch
+from fastbert.masking import Masking, Vocabulary
 from fastbert.tasks import Data, Task, TokenTask
 from fastbert.tokenizer import BertTokenizer
 
+_BLOCK_TOKENS = 1 << 20  # that masks are drawn for at once
+
 
 class MaskedTask(Task):
-    """The tokens that stood where masks stand: 15%, of which 80% are masks, 10% other tokens, 10%
-    left as they are, others in each epoch; in evaluation always the same."""
+    """The tokens that stood where masks stand, by fastbert.masking: others in each epoch, in
+    evaluation always the same."""
 
     name = "mlm"
     head = BertForMaskedLM
@@ -31,13 +34,18 @@ class MaskedTask(Task):
     larger_is_better = False
 
     def __init__(
-        self, tokenizer: BertTokenizer, *, share: float = 0.15, seed: int = 0, **options: Any
+        self,
+        tokenizer: BertTokenizer,
+        *,
+        masking: str = "tokens",
+        mask_rate: float = 0.15,
+        seed: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__(tokenizer, **options)
-        if tokenizer.mask_token_id is None:
-            raise ValueError("the tokenizer must have a mask token, got None")
-        self.share, self.seed, self.mask_id = share, seed, tokenizer.mask_token_id
-        self._drawn: tuple[Any, Any] = (None, None)  # of all tokens, in one epoch
+        self.masking, self.vocabulary = Masking(masking, mask_rate), Vocabulary(tokenizer)
+        self.seed = seed
+        self._drawn: tuple[Any, Any, Any] = (None, None, None)  # of all tokens, in one epoch
 
     def encode(self, examples: Examples, labelled: bool = True) -> Data:
         texts = [text for text in examples.columns["text"] if text.strip()]
@@ -49,29 +57,27 @@ class MaskedTask(Task):
         return Data(examples, packed)
 
     def collate(self, data: Data, index: Index, epoch: int) -> MicroBatch:
-        if self._drawn[0] != (epoch, len(data.packed)):
-            random = np.random.default_rng((self.seed, epoch + 1))
-            shape = 3, data.packed.input_ids.numel()
-            self._drawn = (epoch, len(data.packed)), random.random(shape, np.float32)
-        packed = select(data.packed, index)
+        ids, labels = self._masked(data, epoch)
         tokens, _ = token_index(data.packed, torch.from_numpy(index))
-        chance, kind, other = self._drawn[1][:, tokens.numpy()]
-        ids = packed.input_ids.numpy()
-        chosen = ~np.isin(ids, self.tokenizer.all_special_ids) & (chance < self.share)
-        labels = np.where(chosen, ids, IGNORED)
-        n_tokens = len(self.tokenizer)
-        others = np.minimum((other * n_tokens).astype(np.int64), n_tokens - 1)
-        ids = np.where(chosen & (kind < 0.8), self.mask_id, ids)
-        ids = np.where(chosen & (kind >= 0.9), others, ids)
-        masked = PackedBatch(
-            torch.from_numpy(ids),
-            packed.token_type_ids,
-            packed.position_ids,
-            packed.cu_seqlens,
-            packed.max_seqlen,
-        )
-        n_items = {"labels": float(chosen.sum())}
-        return MicroBatch(masked, {"labels": torch.from_numpy(labels)}, n_items)
+        packed = replace(select(data.packed, index), input_ids=ids[tokens])
+        labels = labels[tokens]
+        n_items = {"labels": float((labels != IGNORED).sum())}
+        return MicroBatch(packed, {"labels": labels}, n_items)
+
+    def _masked(self, data: Data, epoch: int) -> tuple[Tensor, Tensor]:
+        """All tokens of an epoch, drawn at once, so that nothing depends on how batches are cut."""
+        if self._drawn[0] != (epoch, len(data.packed)):
+            bounds, ids = data.packed.cu_seqlens, data.packed.input_ids.long().numpy()
+            labels = np.empty_like(ids)
+            for i, run in enumerate(by_budget(data.lengths, _BLOCK_TOKENS)):
+                block = slice(int(bounds[run[0]]), int(bounds[run[-1] + 1]))
+                random = np.random.default_rng((self.seed, epoch + 1, i))
+                ids[block], labels[block] = self.masking.apply(
+                    ids[block], data.lengths[run], self.vocabulary, random
+                )
+            key = epoch, len(data.packed)
+            self._drawn = key, torch.from_numpy(ids), torch.from_numpy(labels)
+        return self._drawn[1:]
 
     loss = TokenTask.loss
 

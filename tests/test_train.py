@@ -314,8 +314,10 @@ def test_windows_of_questions(shared, minilm):
         predicted, examples.columns["context"], strict=True))  # fmt: skip
 
 
-def test_masks(tiny):
-    task, data = data_of("mlm", tiny, n=2000)
+@pytest.mark.parametrize("masking", ["tokens", "words"])
+def test_masks(tiny, masking, monkeypatch):
+    monkeypatch.setattr("fastbert.masked._BLOCK_TOKENS", 5000)  # several blocks
+    task, data = data_of("mlm", tiny, n=2000, masking=masking)
     index = np.arange(2000)
     batch = task.collate(data, index, 0)
     labels, ids = batch.labels["labels"], batch.packed.input_ids
@@ -324,15 +326,17 @@ def test_masks(tiny):
     assert torch.equal(labels[chosen], original[chosen])
     assert torch.equal(ids[~chosen], original[~chosen])
     assert not set(task.tokenizer.all_special_ids) & set(labels[chosen].tolist())
-    n, n_able = int(chosen.sum()), int((original > 4).sum())
-    assert n / n_able == pytest.approx(0.15, abs=4 * (0.15 * 0.85 / n_able) ** 0.5)
-    share = float((ids[chosen] == task.mask_id).sum()) / n
-    assert share == pytest.approx(0.8 + 0.1 / len(task.tokenizer), abs=4 * (0.16 / n) ** 0.5)
+    mask_id, n_plain = task.tokenizer.mask_token_id, len(task.tokenizer) - 5
+    n, wanted = int(chosen.sum()), (0.15 * data.lengths).round().clip(1).sum()
+    assert n == (wanted if masking == "tokens" else pytest.approx(wanted, rel=0.03))
+    share = float((ids[chosen] == mask_id).sum()) / n
+    assert share == pytest.approx(0.8, abs=4 * (0.16 / n) ** 0.5)
     kept = float((ids[chosen] == original[chosen]).sum()) / n
-    assert kept == pytest.approx(0.1 + 0.1 / len(task.tokenizer), abs=4 * (0.09 / n) ** 0.5)
+    assert kept == pytest.approx(0.1 + 0.1 / n_plain, abs=4 * (0.09 / n) ** 0.5)
     assert not torch.equal(task.collate(data, index, 1).labels["labels"], labels)
-    part = task.collate(data, index[5:9], 0).labels["labels"]
-    start = int(data.packed.cu_seqlens[5])
+    again, _ = data_of("mlm", tiny, n=2000, masking=masking)
+    part = again.collate(data, index[1500:1520], 0).labels["labels"]
+    start = int(data.packed.cu_seqlens[1500])
     assert torch.equal(part, labels[start : start + len(part)])
 
 
