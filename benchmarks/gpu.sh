@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 raw=$(realpath -m "${RESULTS:-.benchmarks}")
 export RESULTS=${RESULTS:-benchmarks/results} BENCH_SECONDS=${BENCH_SECONDS:-450}
-TEST_SECONDS=${TEST_SECONDS:-530}
+TEST_SECONDS=${TEST_SECONDS:-530} SOAK_SECONDS=${SOAK_SECONDS:-450}
 mkdir -p "$RESULTS" "$raw"
 if ! "$PYTHON" -P -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
   echo "gpu.sh: there is no CUDA GPU, or $PYTHON has no torch for it" >&2
@@ -61,7 +61,9 @@ part() {
       sweep gelu 200 || status=$?
       return $status ;;
     profile) bounded 300 benchmarks/profile_gpu.py ;;
-    soak) bounded 530 tests/support/soak.py --first "${SOAK_FIRST:-0}" ;;
+    soak)
+      bounded $((SOAK_SECONDS + 80)) tests/support/soak.py --seconds "$SOAK_SECONDS" \
+        --first "${SOAK_FIRST:-0}" ;;
     sanitize)
       local tool status=0
       tool=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)

@@ -40,6 +40,9 @@ def timings(what, prepare, n_steps=1):
             found = [stopwatch(step) for step in prepare()]
     except _triton._compile_errors() as error:
         what = f"{what}: {type(error).__name__}"
+    if _triton.failures:  # what was timed is plain torch, as all that follows would be
+        what, found = f"{what}: {_triton.failures}", [float("inf")] * n_steps
+        _triton.failures.clear()
     seen["timed"].append((str(what), *(ms if ms < float("inf") else None for ms in found)))
     return found
 

@@ -117,6 +117,25 @@ def test_parts_compile_everything_once(monkeypatch):
     assert sorted(called) == list(range(10))
 
 
+def test_plain_torch_is_not_the_fastest(monkeypatch):
+    """What runs in a kernel's place where that cannot be compiled."""
+    monkeypatch.setattr(sweep, "seen", {"timed": [], "table": []})
+    monkeypatch.setattr(sweep._triton, "failures", {})
+    monkeypatch.setattr(sweep, "stopwatch", lambda step: step() or 1.0)
+
+    def fail():
+        sweep._triton.failures["layer_norm", "GPU"] = "OutOfResources"
+
+    times = {
+        name: sweep.timings(name, lambda step=step: [step])[0]
+        for name, step in (("fails", fail), ("runs", lambda: None))
+    }
+    assert (
+        sweep.best(times, "old") == "runs" and sweep.best({"fails": times["fails"]}, "old") == "old"
+    )
+    assert "OutOfResources" in sweep.seen["timed"][0][0]
+
+
 def test_what_was_seen_is_kept_by_name(monkeypatch, tmp_path):
     where = {"gpu": "NVIDIA H200"}
     monkeypatch.setattr(report, "machine", lambda: where)

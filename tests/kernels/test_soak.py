@@ -24,6 +24,12 @@ def test_what_is_wrong_fails(monkeypatch):
     assert "two runs differ" in soak.run_case(i, longest=SMALL)[1]
 
 
+def test_plain_torch_in_a_kernels_place_fails(monkeypatch):
+    monkeypatch.setattr(soak._triton, "failures", {("pool", "GPU"): "OutOfResources"})
+    draws, error = soak.run_case(soak.CHECKS.index(soak.check_pool), longest=SMALL)
+    assert draws == 1 and "RuntimeError: no kernel" in error
+
+
 def test_a_case_is_always_the_same(monkeypatch):
     seen = []
     monkeypatch.setattr(
