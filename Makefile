@@ -1,5 +1,5 @@
 # make demo: see it work.  make test: run the tests.  make bench: measure it against others.
-# make bench-gpu-PART: one of tests, inference, training, kernels, fills, sizes, drop_in on a GPU.
+# make bench-gpu-PART: one of the parts of benchmarks/gpu.sh, such as tests, on a GPU.
 # make compile-report: what compilers make of the kernels, for five GPUs, without one.
 # make sanitize, fuzz, fuzz-call, cross: try to break the tokenizer.
 PYTHON ?= python3
@@ -18,7 +18,7 @@ HAS_GPU := $(RUN) -c "import sys, torch; sys.exit(not torch.cuda.is_available())
 bench: .venv/installed-bench
 	if $(HAS_GPU); then PYTHON=.venv/bin/python benchmarks/gpu.sh; fi
 	CUDA_VISIBLE_DEVICES= .venv/bin/pytest benchmarks --benchmark-json=.benchmarks/run.json
-	CUDA_VISIBLE_DEVICES= $(RUN) benchmarks/report.py .benchmarks/run.json
+	CUDA_VISIBLE_DEVICES= .venv/bin/python benchmarks/report.py .benchmarks/run.json
 
 bench-gpu-%: .venv/installed-bench
 	PYTHON=.venv/bin/python benchmarks/gpu.sh $*

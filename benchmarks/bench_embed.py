@@ -1,27 +1,10 @@
 """Text to sentence vectors on a CPU, each library with its own tokenizer and habits."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from demo import with_transformers
-from peers import load_ctranslate2, load_onnxruntime, minilm_folder
-
-SHARED = Path(__file__).parents[1].parent / "shared"
-
-
-def sentences():
-    """AG News, title and text (real, 40 tokens on average) where it is at hand."""
-    path = SHARED / "data/ag_news/part1.tsv.gz"
-    if not path.is_file():
-        return (Path(__file__).parent / "sentences.txt").read_text("utf-8").splitlines() * 14
-    import gzip
-
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [line.rstrip("\n").split("\t")[1:] for line in file][1:]
-    # Short and long texts in turn: titles alone, descriptions, both.
-    return [(row[0], row[1], ". ".join(row))[i % 3] for i, row in enumerate(rows[:1024])]
+from peers import load_ctranslate2, load_onnxruntime, minilm_folder, sentences
 
 
 def load_fastbert(folder, dtype=None):
@@ -80,7 +63,7 @@ PROVIDERS = {
 def bench_embed(timed, provider):
     from transformers import AutoTokenizer
 
-    texts, folder = sentences(), minilm_folder()
+    texts, folder = sentences(1024), minilm_folder()
     encode = PROVIDERS[provider](folder)
     wanted = load_transformers(folder)(texts[:64])
     error = np.abs(np.asarray(encode(texts[:64])) - wanted).max()

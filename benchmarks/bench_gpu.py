@@ -309,6 +309,18 @@ def usual_norms(model, lengths, attention_dropout):
     return gradient_norms(made.model), dreal.cpu()
 
 
+def training_step(made, batch, dout):
+    """A function: forward, backward of `dout`, which is as made.run gives, and an update."""
+    optimizer = torch.optim.AdamW(made.model.parameters(), lr=1e-6, fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        torch.autograd.backward(made.run(batch), dout)
+        optimizer.step()
+
+    return step
+
+
 @pytest.mark.parametrize("model, fill, provider", TRAINING)
 def bench_training(timed, model, fill, provider):
     lengths = tuple(spread(N_TRAINED, LONGEST, fill))
@@ -317,12 +329,7 @@ def bench_training(timed, model, fill, provider):
     made = load(provider, config, state, DEVICE, COMPILE)
     made.model.train()
     dout = made.as_given(dreal.to(DEVICE), batch)
-    optimizer = torch.optim.AdamW(made.model.parameters(), lr=1e-6, fused=True)
-
-    def step():
-        optimizer.zero_grad()
-        torch.autograd.backward(made.run(batch), dout)
-        optimizer.step()
+    step = training_step(made, batch, dout)
 
     # What is dropped differs, so only sizes can be compared: what is left out of the work shows.
     step()

@@ -1,7 +1,6 @@
-"""The stopwatch that all benchmarks share."""
+"""The fixture that all benchmarks are timed with."""
 
 import gc
-import math
 import os
 import time
 
@@ -9,35 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from stopwatch import pace, plan, wait
 
 STARTED = time.monotonic()
 ON_GPU = torch.cuda.is_available()
-LEAST_ROUND = 0.01  # seconds on a GPU; to wait for one to end takes 1e-5
-WARM = 0.3  # seconds of work after which a GPU's clocks are up
-
-
-def wait():
-    """Until the device has done its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def pace(function, seconds=WARM):
-    """Seconds that one call takes, the device's work included, once it is warm."""
-    function()
-    wait()
-    fastest, start = math.inf, time.perf_counter()
-    while (begin := time.perf_counter()) - start < seconds:
-        function()
-        wait()
-        fastest = min(fastest, time.perf_counter() - begin)
-    return fastest
-
-
-def plan(seconds, alone=False):
-    """(calls to one wait, rounds) for a function that takes `seconds`: about a second in all."""
-    calls = 1 if alone else math.ceil(LEAST_ROUND / seconds)
-    return calls, min(max(round(1 / (calls * seconds)), 5), 200)
 
 
 @pytest.fixture(autouse=True)

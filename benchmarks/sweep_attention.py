@@ -1,47 +1,48 @@
 """Measure launch rows of the attention kernels on a GPU and print the rows to paste.
 
-python -P benchmarks/sweep_attention.py
+python benchmarks/sweep_attention.py
 """
 
 import itertools
-import sys
 from dataclasses import replace
 from functools import partial
 
+import sweep
 import torch
-import triton
 
 from fastbert.kernels import _triton
 from fastbert.kernels import attention as module
 from fastbert.kernels.attention import _Launch, schedule
 
-DEVICE, DTYPE = "cuda", torch.bfloat16
-N_TOKENS, HIDDEN = 65536, 1024
+DTYPE, N_TOKENS, HIDDEN = torch.bfloat16, 65536, 1024
 LONG = 512  # tokens of a sequence that takes several tiles
 STEPS = {"fwd": "forward", "dq": "backward", "dkv": "backward"}  # of a row, in which they are found
+# Where the row that was found is compared with the one there was: tokens, of a sequence, heads.
+GRID = list(itertools.product((1024, 16384, 262144), (16, 64, 128, 512, 2048), (6, 12)))
+ARCHITECTURE = _triton.architecture(torch.device(sweep.DEVICE))
 
 
-def milliseconds(head_dim, length, row, direction):
-    """Medians with and without dropout, in sum; inf where a kernel cannot be had."""
-    module._LAUNCHES = {_triton.architecture(torch.device(DEVICE)): ((2, head_dim, row),)}
-    shape = (N_TOKENS, HIDDEN // head_dim, head_dim)
-    q, k, v, dout = torch.randn(4, *shape, dtype=DTYPE, device=DEVICE)
-    bounds = torch.arange(0, N_TOKENS + 1, length, dtype=torch.int32, device=DEVICE)
-    made, into = schedule(bounds, length, N_TOKENS), [torch.empty_like(x) for x in (q, k, v)]
-    total = 0.0
+def steps(head_dim, length, row, direction, n_tokens=None, n_heads=None):
+    """Without and with dropout."""
+    n_tokens, n_heads = n_tokens or N_TOKENS, n_heads or HIDDEN // head_dim
+    module._LAUNCHES = {ARCHITECTURE: ((2, head_dim, row),)}
+    shape = (max(n_tokens, length), n_heads, head_dim)
+    q, k, v, dout = torch.randn(4, *shape, dtype=DTYPE, device=sweep.DEVICE)
+    bounds = torch.arange(0, shape[0] + 1, length, dtype=torch.int32, device=sweep.DEVICE)
+    made, into = schedule(bounds, length, shape[0]), [torch.empty_like(x) for x in (q, k, v)]
     for dropout_p in (0.0, 0.1):
-        seed = torch.tensor([1], device=DEVICE) if dropout_p else None
+        seed = torch.tensor([1], device=sweep.DEVICE) if dropout_p else None
         how = (bounds, bounds, seed, False, dropout_p, head_dim**-0.5, length, length)
         tiles = made.query_tiles, made.key_tiles
-        try:
-            step = partial(module._forward, q, k, v, *how, *tiles)
-            if direction == "backward":
-                step = partial(module._backward, q, k, v, dout, *step(), into, *how, *tiles)
-            total += triton.testing.do_bench(step, return_mode="median")
-        except _triton._compile_errors() as error:
-            print(f"#   {type(error).__name__}: ", end="")
-            return float("inf")
-    return total
+        step = partial(module._forward, q, k, v, *how, *tiles)
+        if direction == "backward":
+            step = partial(module._backward, q, k, v, dout, *step(), into, *how, *tiles)
+        yield step
+
+
+def milliseconds(*args):
+    """In sum."""
+    return sum(sweep.timings(args, partial(steps, *args), 2))
 
 
 def candidates():
@@ -57,8 +58,7 @@ def best(head_dim, row):
         for launch in candidates():
             tried = replace(row, **{name: launch})
             times[launch] = milliseconds(head_dim, LONG, tried, direction)
-            print(f"#   {head_dim} {name} {launch}: {times[launch]:.3f} ms {direction}")
-        row = replace(row, **{name: min(times, key=times.__getitem__)})
+        row = replace(row, **{name: sweep.best(times, getattr(row, name))})
     return row
 
 
@@ -70,7 +70,6 @@ def most(head_dim, row, name, direction):
             milliseconds(head_dim, length, replace(row, **{name: n}), direction)
             for n in (length, 0)
         )
-        print(f"#   {head_dim} {name} {length}: {one:.3f} ms in one tile, {several:.3f} in several")
         if one < several:
             longest = length
     return longest
@@ -82,21 +81,32 @@ def shown(row):
     return f"_Launches({row.most_fwd}, {row.most_bwd}, {text})"
 
 
+def compare(head_dim, old, new):
+    for (n_tokens, length, n_heads), direction in itertools.product(GRID, ("forward", "backward")):
+        before, after = (
+            milliseconds(head_dim, length, row, direction, n_tokens, n_heads) for row in (old, new)
+        )
+        sweep.paste(
+            f"#   {n_heads} x {head_dim}, {n_tokens} tokens, lengths of {length}, {direction}: "
+            f"{after:.4f} ms, {after / before:.2f} of the old row's"
+        )
+
+
 def main():
-    if not torch.cuda.is_available():
-        sys.exit("sweep_attention.py: there is no GPU")
-    architecture = _triton.architecture(torch.device(DEVICE))
-    rows = {most_dim: row for size, most_dim, row in module._LAUNCHES[architecture] if size == 2}
-    print(f"# From benchmarks/sweep_attention.py on {torch.cuda.get_device_name()}, "
-          f"torch {torch.__version__}, triton {triton.__version__}: {architecture}.")  # fmt: skip
-    for head_dim, row in rows.items():
-        row = best(head_dim, row)
+    table = module._LAUNCHES[ARCHITECTURE]
+    rows = {most_dim: row for size, most_dim, row in table if size == 2}
+    found = {}
+    for head_dim in (64, 32, 128):  # what matters first
+        row = best(head_dim, rows[head_dim])
         mosts = {
             "most_fwd": most(head_dim, row, "most_fwd", "forward"),
             "most_bwd": most(head_dim, row, "most_bwd", "backward"),
         }
-        print(f"        (2, {head_dim}, {shown(replace(row, **mosts))}),")
+        found[head_dim] = replace(row, **mosts)
+        sweep.paste(f"        (2, {head_dim}, {shown(found[head_dim])}),  # {ARCHITECTURE}")
+    for head_dim in (64, 32):
+        compare(head_dim, rows[head_dim], found[head_dim])
 
 
 if __name__ == "__main__":
-    main()
+    sweep.run(__file__, main)

@@ -1,48 +1,43 @@
 """Measure launch rows of the pooling kernels on a GPU and print the rows to paste.
 
-python -P benchmarks/sweep_pooling.py
+python benchmarks/sweep_pooling.py
 """
 
 import itertools
+from functools import partial
 
+import sweep
 import torch
-import triton
 from bench_encoder import lognormal
 from bench_pooling import arguments
 
 from fastbert.kernels import pooling as module
 from fastbert.kernels.pooling import _Launch, pool
 
+MANY, DTYPE = 2048, torch.bfloat16  # texts
 
-def milliseconds(mode, normalize):
-    """Medians of the forward and the backward, on many short texts and on some of 512 tokens."""
-    total = 0.0
-    for lengths in (lognormal(2048, 40, longest=512), [512] * 128):
-        x, cu_seqlens = arguments(lengths, 1024, torch.bfloat16)
+
+def steps(mode, normalize):
+    """Forward and backward, on many short texts and on some of 512 tokens."""
+    for lengths in (lognormal(MANY, 40, longest=512), [512] * (MANY // 16)):
+        x, cu_seqlens = arguments(lengths, 1024, DTYPE, sweep.DEVICE)
         out = pool(x.requires_grad_(), cu_seqlens, mode, normalize)
         dout = torch.randn_like(out)
-        steps = (
-            lambda x=x, cu=cu_seqlens: pool(x, cu, mode, normalize),
-            lambda x=x, out=out, dout=dout: torch.autograd.grad(out, x, dout, retain_graph=True),
-        )
-        total += sum(triton.testing.do_bench(step, return_mode="median") for step in steps)
-    return total
+        yield lambda x=x, cu=cu_seqlens: pool(x, cu, mode, normalize)
+        yield lambda x=x, out=out, dout=dout: torch.autograd.grad(out, x, dout, retain_graph=True)
 
 
 def best(name, rows, mode, normalize):
-    timings = []
+    times, old = {}, getattr(module, name)
     for row in rows:
         setattr(module, name, row)
-        timings.append((milliseconds(mode, normalize), row))
-        print(f"#   {row} {mode}: {timings[-1][0]:.3f} ms")
-    row = min(timings, key=lambda timing: timing[0])[1]
+        times[row] = sum(sweep.timings((mode, row), partial(steps, mode, normalize), 4))
+    row = sweep.best(times, old)
     setattr(module, name, row)
-    print(f"{name} = {row}")
+    sweep.paste(f"{name} = {row}")
 
 
 def main():
-    print(f"# From benchmarks/sweep_pooling.py on {torch.cuda.get_device_name()}, "
-          f"torch {torch.__version__}, triton {triton.__version__}.")  # fmt: skip
     sizes = itertools.product((8, 16, 32, 64), (64, 128, 256, 512), (1, 2, 4, 8))
     rows = [_Launch(m, n, w) for m, n, w in sizes if 8 <= m * n / (32 * w) <= 64]
     best("_POOL", rows, "max", False)
@@ -51,4 +46,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sweep.run(__file__, main)

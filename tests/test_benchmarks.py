@@ -1,16 +1,24 @@
 """The GPU suite rehearsed on a CPU: small models, made-up times, everything but the speed."""
 
-import importlib.util
+import gzip
 import itertools
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
+import bench_fp8
 import bench_gpu
 import bench_layer_norm
+import bench_text
+import charts
 import gpu_peers
+import measure_training
+import profile_gpu
 import pytest
 import report
+import stopwatch
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,12 +50,15 @@ def small(monkeypatch):
         DEVICE=torch.device("cpu"), DTYPE=torch.float32, MODELS=TINY, VOCAB=99, TOKENS=1024,
         MATMUL=8, COPIED=64, N_HEADS=2, N_TRAINED=4,
     )  # fmt: skip
+    monkeypatch.setattr(bench_text, "N_TEXTS", 16)
+    monkeypatch.setattr(bench_text, "N_CANDIDATES", 4)
+    monkeypatch.setattr(report, "TEXT", report.TEXT.replace("16384", "16"))
     for name, value in changes.items():
         monkeypatch.setattr(bench_gpu, name, value)
     monkeypatch.setitem(bench_gpu.COMPILE, "disable", True)
     for module in (bench_gpu, gpu_peers):
         monkeypatch.setattr(module, "variable_length", stand_in)
-    caches = (bench_gpu.weights, bench_gpu.workload, bench_gpu.usual_norms)
+    caches = (bench_gpu.weights, bench_gpu.workload, bench_gpu.usual_norms, bench_text.folder)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -96,6 +107,8 @@ def test_the_suite_fills_every_row_of_the_targets(small):
         (bench_gpu.bench_fill, {"model": "MiniLM-L6-H384", "fill": 0.2}),
         (bench_gpu.bench_length, {"model": "MiniLM-L6-H384", "length": 2048}),
         (bench_gpu.bench_batch, {"model": "MiniLM-L6-H384", "n_seqs": 8}),
+        (bench_text.bench_embedding, {"model": "MiniLM-L6-H384"}),
+        (bench_text.bench_ranking, {"model": "BERT-base"}),
     ):
         for arguments in cases(function):
             if wanted.items() <= arguments.items():
@@ -113,7 +126,7 @@ def test_the_suite_fills_every_row_of_the_targets(small):
     assert cells["BERT-base, 1 x 128, latency, at most"] == "10.00 ms"
     assert re.search(r"peak memory .* \| 33% \|", text)
     for row in results:
-        if row["group"].startswith("BERT"):
+        if row["group"].startswith("BERT") and "Cross" not in row["group"]:
             assert 0 <= row["padding"] < 1 and row["tokens"] > 0 and row["share"] > 0
 
 
@@ -270,25 +283,145 @@ def test_readme_is_what_report_makes_of_the_results():
     counts = [tables.count("Measured on: ") for tables in (cpus, gpus)]
     assert counts == [len(saved) - n_gpus, n_gpus] and counts[0] > 0
     assert report.between(report.between(text, report.MARKS, cpus), report.GPU_MARKS, gpus) == text
-    for marks in (report.MARKS, report.GPU_MARKS):
-        assert text.count(marks.format("Start")) == text.count(marks.format("End")) == 1
+    first = (BENCHMARKS.parent / "README.md").read_text()
+    assert report.between(first, report.FIRST_MARKS, report.first_page(saved)) == first
+    for where, marks in (
+        (text, report.MARKS), (text, report.GPU_MARKS), (first, report.FIRST_MARKS)
+    ):  # fmt: skip
+        assert where.count(marks.format("Start")) == where.count(marks.format("End")) == 1
+
+
+def test_pictures_and_the_first_page(tmp_path):
+    """What a GPU's results are shown as, of made-up ones."""
+    group = f"{report.BASE}, {report.MIXED}"
+    runs = run_of(group, ("fastbert", 0.5), ("transformers sdpa", 1.5), tokens=100, padding=0.6)
+    runs = runs["benchmarks"] + run_of("BERT-base, forward, lengths of 64", ("fastbert", 1.0),
+                                       tokens=100)["benchmarks"]  # fmt: skip
+    results = report.rows({"benchmarks": runs}, on_gpu=True)
+    where = dict.fromkeys(("torch", "triton", "transformers", "date"), "1")
+    saved = {"machine": {**where, "gpu": "NVIDIA H200"}, "results": results}
+    page = report.first_page([{**saved, "machine": {"gpu": None}}, saved])
+    assert f"| {group} | 60% | **200** | 3.00x |" in page and page.count("| BERT") == 1
+    fills = {"BERT-base": {"0.4": {"fastbert": 200.0, "transformers sdpa": 100 / 1.5}}}
+    assert charts.families(results)["fills"] == fills
+    names = charts.draw(results, "nvidia-h200", tmp_path)
+    assert names == ["nvidia-h200-fills.png", "nvidia-h200-lengths.png"]
+    for name in names:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert f"](results/{name})" in report.measured(saved)
 
 
 def test_every_benchmark_is_in_one_part_of_the_suite():
     words = re.findall(r'measure \w+ "(bench_[\w ]+)"', (BENCHMARKS / "gpu.sh").read_text())
     chosen = sorted(name for part in words for name in part.split(" or "))
-    chosen.remove("bench_drop_in")  # in a file of its own
+    elsewhere = ["bench_drop_in", "bench_embedding", "bench_fp8", "bench_ranking"]
     assert chosen == sorted(
-        name
-        for name in vars(bench_gpu)
-        if name.startswith("bench_") and not name.startswith("bench_ceiling")
+        elsewhere
+        + [
+            name
+            for name in vars(bench_gpu)
+            if name.startswith("bench_") and not name.startswith("bench_ceiling")
+        ]
     )
 
 
+def test_every_part_runs_files_that_are_there(tmp_path):
+    """gpu.sh with something in Python's place that says yes to everything."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$SWEEP_SECONDS $@" >> {tmp_path}/calls\n')
+    python.chmod(0o755)
+    command = ["bash", str(BENCHMARKS / "gpu.sh")]
+    env = {**os.environ, "PYTHON": str(python), "RESULTS": str(tmp_path / "results")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text()
+    files = set(re.findall(r"(?:benchmarks|tests)/[\w/]+(?:\.py)?", calls))
+    assert len(files) > 20 and all((BENCHMARKS.parent / file).exists() for file in files)
+    sweeps = {str(file.relative_to(BENCHMARKS.parent)) for file in BENCHMARKS.glob("sweep_*.py")}
+    assert sweeps <= files and "450 benchmarks/sweep_attention.py" in calls
+    unknown = subprocess.run([*command, "nothing"], env=env, capture_output=True, text=True)
+    assert unknown.returncode == 1 and "no part nothing" in unknown.stderr
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_profile(small, monkeypatch, trains):
+    monkeypatch.setattr(profile_gpu, "pace", lambda step: (step(), 1.0)[1])
+    text, facts = profile_gpu.profiled("MiniLM-L6-H384", trains, 1e12, 1e11)
+    by_kind = {kind: (seconds, floor) for kind, seconds, floor, _ in facts["kinds"]}
+    config, lengths = bench_gpu.MODELS["MiniLM-L6-H384"], [512, 512]
+    assert by_kind["products"][0] > 0 and "products" in text and "aten::" in text
+    floors = profile_gpu.floors(config, lengths, 10, 1e12, 1e11, trains)
+    least = floors["products"] + floors["attention"] / (3.5 / 3 if trains else 1)
+    flops = bench_gpu.forward_flops(config, lengths) * (3 if trains else 1)
+    assert least == pytest.approx(flops / 1e12)
+    assert (floors["optimizer"] > 0) is trains
+
+
+def test_gaps_come_in_the_order_of_what_is_won():
+    kernels = {
+        "_attention_short_fwd_kernel": 2.0,
+        "sm90_xmma_gemm_bf16bf16_bf16f32": 5.0,
+        "nvjet_tst_128x256_64x4": 1.0,
+        "_layer_norm_fwd_kernel": 1.0,
+        "void at::native::vectorized_elementwise_kernel": 0.5,
+    }
+    seconds_of = {}
+    for name, seconds in kernels.items():
+        seconds_of[profile_gpu.kind_of(name)] = (
+            seconds_of.get(profile_gpu.kind_of(name), 0) + seconds
+        )
+    assert profile_gpu.kind_of("_linear_gelu_fwd_kernel") == "products"
+    assert profile_gpu.kind_of("_bias_gelu_bwd_kernel") == "activation"
+    assert seconds_of["products"] == 6 and seconds_of["copies and the rest"] == 0.5
+    rows = profile_gpu.gaps(seconds_of, {"products": 4.0, "attention": 0.5}, 10.0)
+    assert rows[0] == ("products", 6.0, 4.0, 10 / 8) and rows[1][0] == "attention"
+    assert (profile_gpu.IDLE, 0.5, 0.0, 10 / 9.5) in rows
+
+
+def test_fp8(small, monkeypatch):
+    """Quantised for real; the product of rows and scales by its formula."""
+
+    def scaled(a, b, a_scale, b_scale, out_dtype, use_fast_accum):
+        assert a_scale.shape == (len(a), 1) and b_scale.shape == (1, b.shape[1])
+        return ((a.float() * a_scale) @ (b.float() * b_scale)).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled)
+    runs = []
+    for provider in bench_fp8.PROVIDERS:
+        bench_fp8.bench_fp8(made_up(runs), "BERT-base", 64, provider)
+    assert [run["extra_info"]["error"] > 0.01 for run in runs] == [False, True, True]
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: 0.9 * scaled(*args, **kwargs))
+    with pytest.raises(AssertionError):
+        bench_fp8.bench_fp8(made_up([]), "BERT-base", 64, "FP8, products alone")
+
+
+def test_training_as_users_run_it(small, tmp_path):
+    for folder in ("corpus", "sst2"):
+        (tmp_path / folder).mkdir()
+    novels = "".join(f"{a} and {b} went on .\n" for a in "abcdef" for b in "uvwxyz") + "\n"
+    with gzip.open(tmp_path / "corpus/en_novels.txt.gz", "wt") as file:
+        file.write(novels * 40)
+    (pretrained,) = measure_training.pretraining(
+        tmp_path, 0.01, size="tiny", batch_tokens=512, device="cpu", quiet=True
+    )
+    extra = pretrained["extra_info"]
+    assert extra["tokens"] > 0 and extra["flops"] > 0 and pretrained["stats"]["median"] > 0
+    rows = [
+        "sentence\tlabel",
+        *(f"{'good' if i % 2 else 'bad'} film {i}\t{i % 2}" for i in range(64)),
+    ]
+    (tmp_path / "sst2/dev.tsv").write_text("\n".join(rows))
+    with gzip.open(tmp_path / "sst2/train.tsv.gz", "wt") as file:
+        file.write("\n".join(rows) + "\n")
+    model = bench_text.folder("MiniLM-L6-H384", "encoder").name
+    found = measure_training.finetuning(tmp_path, model)
+    made = report.rows({"benchmarks": [pretrained, *found]}, on_gpu=True)
+    assert [row["provider"] for row in made[1:]] == ["fastbert", "transformers Trainer"]
+    assert all(0 <= row["accuracy"] <= 1 and row["gain"] > 0 for row in made[1:])
+    assert "accuracy" in report.table(made)
+
+
 def test_stopwatch_plans_rounds():
-    spec = importlib.util.spec_from_file_location("stopwatch", BENCHMARKS / "conftest.py")
-    stopwatch = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stopwatch)
     assert stopwatch.plan(20e-6) == (500, 100)  # 500 launches to one wait, a second in all
     assert stopwatch.plan(20e-6, alone=True) == (1, 200)
     assert stopwatch.plan(0.1) == (1, 10) and stopwatch.plan(3.0) == (1, 5)

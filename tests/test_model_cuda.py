@@ -2,6 +2,8 @@
 
 import copy
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # two runs give the same bits
@@ -229,37 +231,100 @@ def test_short_calls_keep_their_results_and_see_new_weights(case, monkeypatch):
 
 
 @every_case
-def test_training_follows_the_loss_in_float64(case):
-    """Each token's image under a permutation, in mixed precision where the case is of a half."""
+def test_two_threads_on_two_streams_change_no_bit(case):
+    """Forwards and backwards of one model, each thread with a batch of its own."""
+    ours, _, _ = case.models()
+
+    def results(inputs):
+        hidden, pooled = ours(**inputs).to_tuple()
+        loss = hidden.float().square().sum() + pooled.float().square().sum()
+        return hidden.detach(), *torch.autograd.grad(loss, list(ours.parameters()))
+
+    batches = [case.batch(vocab_of(ours)) for _ in range(2)]
+    wanted, wrong, start = [results(inputs) for inputs in batches], [], threading.Barrier(2)
+    if case.device == "cuda":
+        torch.cuda.synchronize()  # before other streams read these
+
+    def run(thread):
+        stream = torch.cuda.Stream() if case.device == "cuda" else None
+        start.wait()
+        with torch.cuda.stream(stream):
+            for i in range(10):
+                if not all(map(torch.equal, results(batches[thread]), wanted[thread])):
+                    wrong.append((thread, i))
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(run, range(2)))
+    assert not wrong
+
+
+def losses(case, model, precision, batches):
+    """Of a step with each of (inputs, labels), in mixed precision where that is a half."""
+    model.to(case.device).train()
+    optimizer, curve = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    for inputs, labels in batches:
+        with torch.autocast(case.device, precision, enabled=precision != torch.float32):
+            hidden = model(**inputs).last_hidden_state[inputs["attention_mask"].bool()]
+            logits = hidden @ model.get_input_embeddings().weight.T
+        loss = torch.nn.functional.cross_entropy(logits.to(model.dtype), labels)
+        (loss * 1024).backward()  # float16 has no small gradients
+        for p in model.parameters():
+            p.grad /= 1024
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(loss.detach())
+    return torch.stack(curve).double().cpu()
+
+
+def trained(case):
+    """Two models of the same weights, ours and transformers'."""
     values = {**case.trained, **NO_DROPOUT}
     torch.manual_seed(0)
     theirs = transformers.BertModel(transformers.BertConfig(**values), add_pooling_layer=False)
     ours = BertModel(BertConfig(**values), add_pooling_layer=False)
     ours.load_state_dict(theirs.state_dict())
-    inputs = case.batch(values["vocab_size"])
-    real = inputs["attention_mask"].bool()
-    labels = inputs["input_ids"][real] * 7 % values["vocab_size"]
-    curves = []
-    for model, precision in (
-        (ours, case.dtype),
-        (copy.deepcopy(theirs), case.dtype),
-        (theirs.double(), torch.float32),
-    ):
-        model.to(case.device).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        curve = []
-        for _ in range(30):
-            with torch.autocast(case.device, precision, enabled=precision != torch.float32):
-                hidden = model(**inputs).last_hidden_state[real]
-                logits = hidden @ model.get_input_embeddings().weight.T
-            loss = torch.nn.functional.cross_entropy(logits.to(model.dtype), labels)
-            (loss * 1024).backward()  # float16 has no small gradients
-            for p in model.parameters():
-                p.grad /= 1024
-            optimizer.step()
-            optimizer.zero_grad()
-            curve.append(loss.item())
-        curves.append(torch.tensor(curve))
+    return ours, theirs
+
+
+def permuted(inputs, vocab_size):
+    """What is learned of each token."""
+    return inputs["input_ids"][inputs["attention_mask"].bool()] * 7 % vocab_size
+
+
+@every_case
+def test_training_follows_the_loss_in_float64(case):
+    """Each token's image under a permutation."""
+    ours, theirs = trained(case)
+    inputs = case.batch(vocab_of(ours))
+    batches = [(inputs, permuted(inputs, vocab_of(ours)))] * 30
+    curves = [
+        losses(case, model, precision, batches)
+        for model, precision in (
+            (ours, case.dtype),
+            (copy.deepcopy(theirs), case.dtype),
+            (theirs.double(), torch.float32),
+        )
+    ]
     assert curves[2][-1] < 0.7 * curves[2][0]
     # Rounding makes two paths, of which one may by chance be nearer.
     assert_as_accurate(*curves, factor=4.0)
+
+
+# Long enough on a GPU for paths to part: then only what is learned can be compared.
+@every_case
+def test_long_training_follows_float32(case):
+    """New batches, a fifth of whose labels nobody can learn, so that the loss stays above zero."""
+    ours, theirs = trained(case)
+    n_steps, batches = 500 if case.device == "cuda" else 60, []
+    for _ in range(n_steps):
+        inputs = case.batch(vocab_of(ours))
+        labels = permuted(inputs, vocab_of(ours))
+        noise = torch.rand(labels.shape, device=case.device) < 0.2
+        batches.append((inputs, torch.where(noise, torch.randint_like(labels, 99), labels)))
+    found = losses(case, ours, case.dtype, batches)
+    baseline = losses(case, copy.deepcopy(theirs), case.dtype, batches)
+    wanted = losses(case, theirs, torch.float32, batches)
+    assert wanted[-10:].mean() < 0.9 * wanted[:10].mean()
+    late = slice(n_steps // 2, None)
+    away, allowed = ((x - wanted)[late].abs().mean() for x in (found, baseline))
+    assert away <= 2 * allowed + 0.01 * wanted[late].mean(), (away, allowed, wanted[-10:])
