@@ -1,6 +1,6 @@
 """Fine-tuning beside transformers' Trainer: the same data, weights, seeds, epochs and batches.
 
-    python -P benchmarks/fine_tuning.py [TASK ...] [--seeds 3] [--threads 1]
+    python benchmarks/fine_tuning.py [TASK ...] [--seeds 3] [--threads 1]
 
 Each run is a process of its own, and the two take turns. Seconds are from texts and labels in
 memory to trained weights, tokenizing included, imports and evaluation not; wall and CPU time. Both
@@ -253,7 +253,6 @@ def main():
     if args.one:
         print(json.dumps(one(args.tasks[0], args.one[0], int(args.one[1]))))
         return
-    sys.path.append(str(HERE))  # which -P leaves out
     from report import between, machine
 
     where = {**machine(), "threads": args.threads}
@@ -268,7 +267,7 @@ def main():
     for seed, task, by in itertools.product(range(args.seeds), args.tasks, BY):
         if (task, by, seed) in known:
             continue
-        command = [sys.executable, "-P", __file__, task, "--one", by, str(seed)]
+        command = [sys.executable, __file__, task, "--one", by, str(seed)]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
         row = json.loads(done.stdout.splitlines()[-1])
         print(json.dumps(row), flush=True)

@@ -1,6 +1,6 @@
 """Vocabularies trained here beside the published ones: unknown tokens, tokens a character.
 
-    python -P benchmarks/vocabularies.py
+    python benchmarks/vocabularies.py
 
 Each is trained on the first nine tenths of a corpus's lines and read against the last tenth, and
 against newspapers of the language (NTREX), which are of another kind. Characters are those that
@@ -8,7 +8,6 @@ are no white space. Published: bert-base-chinese (in lower case) and -multilingu
 """
 
 import gzip
-import sys
 from pathlib import Path
 
 from fastbert import BertTokenizer, train_vocab
@@ -59,7 +58,6 @@ def rows():
 
 
 def main():
-    sys.path.append(str(HERE))  # which -P leaves out
     from report import between
 
     head = [
