@@ -106,6 +106,13 @@ def mlm(train: Source, **options: Any) -> dict[str, Any]:
     return train_task("mlm", train, **options)
 
 
+def distill(train: Source, **options: Any) -> dict[str, Any]:
+    """A small model that learns from a trained one: fastbert.distill.distill."""
+    from fastbert.distill import distill as of_teacher
+
+    return of_teacher(train, **options)
+
+
 def make_task(
     name: str, tokenizer: BertTokenizer, *, multi_label: bool = False, **options: Any
 ) -> Task:
