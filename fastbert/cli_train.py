@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ _TASKS = {
     "mlm": "masked tokens, to adapt a model to texts of a kind",
 }
 _COLUMNS = {
-    "text": ("classify", "pair", "regression", "mlm"),
-    "text_pair": ("classify", "pair", "regression"),
-    "label": ("classify", "pair", "regression"),
-    "words": ("tokens",),
-    "tags": ("tokens",),
-    "question": ("qa",),
-    "context": ("qa",),
-    "answers": ("qa",),
+    "text": ("classify", "pair", "regression", "mlm", "distill"),
+    "text_pair": ("classify", "pair", "regression", "distill"),
+    "label": ("classify", "pair", "regression", "distill"),
+    "words": ("tokens", "distill"),
+    "tags": ("tokens", "distill"),
+    "question": ("qa", "distill"),
+    "context": ("qa", "distill"),
+    "answers": ("qa", "distill"),
 }
 
 
@@ -40,6 +41,7 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
     tasks = command.add_subparsers(title="tasks", metavar="TASK", required=True)
     for name, what in _TASKS.items():
         _add_task(tasks, name, what)
+    _add_distill(tasks)
     return command
 
 
@@ -48,20 +50,9 @@ def _add_task(tasks: Any, name: str, what: str) -> None:
     files = "SQuAD's .json, .jsonl, .parquet" if name == "qa" else ".csv, .tsv, .jsonl, .parquet"
     files = f".conll or .txt (a word and its tag a line), {files}" if name == "tokens" else files
     task.add_argument("train", metavar="TRAIN", help=f"{files}; text ones also as .gz")
-    task.add_argument("--dev", metavar="DEV", help="examples to evaluate on; the best model counts")
     task.add_argument("--model", required=True, metavar="M", help="a model's folder or its hub id")
-    task.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
-    task.add_argument("--format", choices=_FORMATS, help="what TRAIN and DEV are, if not as named")
-    for part, of in _COLUMNS.items():
-        if name in of:
-            needed = part == "text_pair" and name == "classify"
-            task.add_argument(
-                f"--{part.replace('_', '-')}",
-                metavar="COL",
-                dest=f"column_{part}",
-                help=f"the column with the {part.replace('_', ' ')} "
-                f"(default: {'none' if needed else 'guessed, and said'})",
-            )
+    _add_files(task)
+    _add_columns(task, name)
     _add_recipe(task)
     if name in ("classify", "pair"):
         task.add_argument("--multi-label", action="store_true", help="any number of labels each")
@@ -84,15 +75,74 @@ def _add_task(tasks: Any, name: str, what: str) -> None:
         task.add_argument(
             "--max-answer-length", type=int, default=30, metavar="N", help="in tokens"
         )
+    task.set_defaults(run=_train, task=name)
+
+
+def _add_distill(tasks: Any) -> None:
+    task = tasks.add_parser(
+        "distill",
+        help="a small model, which learns from a trained one",
+        description="Train a small model to say what a trained one says: it learns the teacher's "
+        "logits and hidden states of each text, and the labels where there are some. The task, "
+        "its labels and its tokenizer are the teacher's.",
+    )
+    task.add_argument(
+        "train",
+        metavar="TRAIN",
+        help="examples of the teacher's task, with labels or without: .txt will do",
+    )
+    task.add_argument(
+        "--teacher", required=True, metavar="DIR", help="a folder that fastbert train wrote"
+    )
+    task.add_argument(
+        "--student", required=True, metavar="S",
+        help="tiny, mini, small, medium or base; layers and width, such as 3x384 (one of the "
+        "teacher's width starts as some of its layers); or the folder of a model with its words",
+    )  # fmt: skip
+    _add_files(task)
+    task.add_argument(
+        "--hidden", type=float, default=1.0, metavar="X",
+        help="the weight of the hidden states; 0: logits only (default: 1)",
+    )  # fmt: skip
+    task.add_argument(
+        "--teaching", type=float, default=0.5, metavar="X",
+        help="the share of the logits; the rest is the labels' (default: 0.5)",
+    )  # fmt: skip
+    task.add_argument(
+        "--temperature", type=float, default=2.0, metavar="T", help="of the logits (default: 2)"
+    )
+    _add_columns(task, "distill", "the teacher's")
+    _add_recipe(task, with_lora=False)
+    task.set_defaults(run=_train, task="distill")
+
+
+def _add_files(task: argparse.ArgumentParser) -> None:
+    task.add_argument("--dev", metavar="DEV", help="examples to evaluate on; the best model counts")
+    task.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
+    task.add_argument("--format", choices=_FORMATS, help="what TRAIN and DEV are, if not as named")
     task.add_argument("--resume", action="store_true", help="go on with the run that was stopped")
     task.add_argument(
         "--overwrite", action="store_true", help="replace DIR once the new one is complete"
     )
     task.add_argument("--traceback", action="store_true", help="show where an error arose")
-    task.set_defaults(run=_train, task=name)
 
 
-def _add_recipe(task: argparse.ArgumentParser) -> None:
+def _add_columns(
+    task: argparse.ArgumentParser, name: str, default: str = "guessed, and said"
+) -> None:
+    for part, of in _COLUMNS.items():
+        if name in of:
+            may_miss = part == "text_pair" and name == "classify"
+            task.add_argument(
+                f"--{part.replace('_', '-')}",
+                metavar="COL",
+                dest=f"column_{part}",
+                help=f"the column with the {part.replace('_', ' ')} "
+                f"(default: {'none' if may_miss else default})",
+            )
+
+
+def _add_recipe(task: argparse.ArgumentParser, with_lora: bool = True) -> None:
     group = task.add_argument_group("how to train")
     group.add_argument("--epochs", type=float, default=3, metavar="N", help="(default: 3)")
     group.add_argument("--lr", type=float, help="learning rate (default: by the model's size)")
@@ -116,7 +166,10 @@ def _add_recipe(task: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--freeze", type=int, default=0, metavar="N", help="lowest layers; -1: all but the head"
     )
-    group.add_argument("--lora", type=int, default=0, metavar="R", help="train adapters, by peft")
+    if with_lora:
+        group.add_argument(
+            "--lora", type=int, default=0, metavar="R", help="train adapters, by peft"
+        )
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast")
     group.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     group.add_argument("--evaluations", type=int, default=1, metavar="N", help="in an epoch")
@@ -130,7 +183,7 @@ def _add_recipe(task: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from fastbert.train import train_task
+    from fastbert.train import distill, train_task
 
     options = vars(args).copy()
     for name in ("run", "task", "traceback"):
@@ -141,8 +194,10 @@ def _train(args: argparse.Namespace) -> None:
         for name in list(options)
         if name.startswith("column_")
     }
+    columns = {part: name for part, name in columns.items() if name is not None}
+    train_it = distill if args.task == "distill" else partial(train_task, args.task)
     try:
-        numbers = train_task(args.task, train, columns=columns, **options)
+        numbers = train_it(train, columns=columns, **options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; --resume goes on from the last checkpoint") from None
     print(
@@ -151,6 +206,8 @@ def _train(args: argparse.Namespace) -> None:
     )
     if numbers["metrics"]:
         print(_scores(numbers["metrics"]))
+    if "teacher" in numbers and numbers["metrics"]:
+        print(f"the teacher, {args.teacher}:\n{_scores(numbers['teacher']['metrics'])}")
 
 
 def add_evaluate(commands: Any) -> argparse.ArgumentParser:

@@ -44,6 +44,15 @@ _PAIR_FIRST = (
     "text", "sentence",
 )  # fmt: skip
 
+
+class MissingColumn(ValueError):
+    """No column is there for a part of the examples."""
+
+    def __init__(self, part: str, message: str) -> None:
+        super().__init__(message)
+        self.part = part
+
+
 Source = str | PathLike[str] | Iterable[Any]
 
 
@@ -125,7 +134,8 @@ def _choose(
     for part in parts:
         column = named.get(part)
         if column is not None and column not in columns:
-            raise ValueError(f"{found.name} has no column {column!r}; it has {', '.join(columns)}")
+            it_has = ", ".join(columns)
+            raise MissingColumn(part, f"{found.name} has no column {column!r}; it has {it_has}")
         if column is None:
             usual = _USUAL[part]
             if part == "text" and "text_pair" in parts:
@@ -136,9 +146,10 @@ def _choose(
                 continue
             if column is None:
                 option = "--" + part.replace("_", "-")
-                raise ValueError(
+                raise MissingColumn(
+                    part,
                     f"which column of {found.name} is the {part}? Name it with {option}; "
-                    f"it has {', '.join(columns)}"
+                    f"it has {', '.join(columns)}",
                 )
             free.remove(column)
             found.guessed.append(part)

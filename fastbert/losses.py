@@ -41,6 +41,27 @@ def cross_entropy(
     return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum") / num_items
 
 
+def divergence(
+    logits: Tensor, teacher: Tensor, temperature: float, kind: str = "single_label_classification"
+) -> Tensor:
+    """How far rows of logits, (n_rows, n_classes), are from a teacher's, summed over the rows.
+
+    Both are divided by the temperature, and the sum multiplied by its square, so that gradients
+    stay about as large (Hinton et al. 2015). kind: one of fastbert.config's PROBLEM_TYPES: the
+    Kullback-Leibler divergence, or cross entropies of each label's yes and no (their mean), or
+    squared errors of numbers, which have no temperature.
+    """
+    teacher, t = teacher.to(logits), temperature
+    if kind == "regression":
+        return F.mse_loss(logits, teacher, reduction="sum")
+    if kind == "multi_label_classification":
+        wanted = (teacher / t).sigmoid()
+        loss = F.binary_cross_entropy_with_logits(logits / t, wanted, reduction="sum")
+        return loss * t**2 / logits.shape[1]
+    student, wanted = (logits / t).log_softmax(1), (teacher / t).log_softmax(1)
+    return F.kl_div(student, wanted, reduction="sum", log_target=True) * t**2
+
+
 def token_labels(
     labels: Tensor, inputs: EncoderInputs, n_classes: int | None = None, name: str = "labels"
 ) -> Tensor:

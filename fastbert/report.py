@@ -61,7 +61,7 @@ def _figure() -> Any:
 
 def model_card(numbers: dict[str, Any]) -> str:
     """README.md of the model folder, with the metadata that the Hugging Face hub reads."""
-    task = numbers["task"]
+    task, teacher = numbers["task"], numbers.get("teacher")
     tag = {"tokens": "token-classification", "qa": "question-answering", "mlm": "fill-mask"}
     lines = [
         "---",
@@ -70,7 +70,7 @@ def model_card(numbers: dict[str, Any]) -> str:
         "tags: [fastbert]",
         "---",
         "",
-        f"# {Path(numbers['model']).name}, fine-tuned: {task}",
+        f"# {Path(numbers['model']).name}, {'distilled' if teacher else 'fine-tuned'}: {task}",
         "",
         f"Trained with fastbert {numbers['versions']['fastbert']} from `{numbers['model']}` on "
         f"`{numbers['train']}`: {numbers['steps']:,} steps, {numbers['tokens']:,} tokens, "
@@ -83,6 +83,19 @@ def model_card(numbers: dict[str, Any]) -> str:
             f"| {name} | {value:.4f} |"
             for name, value in numbers["metrics"].items()
             if isinstance(value, float)
+        ]
+        lines.append("")
+    if teacher:
+        student = {**numbers["student"], "metrics": numbers["metrics"] or {}}
+        lines += [f"Its teacher was `{teacher['folder']}`:", ""]
+        lines += ["| | teacher | student |", "| --- | ---: | ---: |"]
+        lines += [
+            f"| {name} | {teacher[key]:,} | {student[key]:,} |"
+            for name, key in (("parameters", "parameters"), ("tokens/s", "tokens_per_second"))
+        ]
+        lines += [
+            f"| {name} | {value:.4f} | {student['metrics'][name]:.4f} |"
+            for name, value in teacher["metrics"].items()
         ]
         lines.append("")
     per_class = (numbers["metrics"] or {}).get("per_class")

@@ -19,7 +19,7 @@ from fastbert.batches import Index, by_budget, select, token_index
 from fastbert.examples import Examples
 from fastbert.heads import BertForSequenceClassification, BertForTokenClassification
 from fastbert.loop import MicroBatch
-from fastbert.losses import IGNORED, wide
+from fastbert.losses import IGNORED, divergence, wide
 from fastbert.packing import PackedBatch
 from fastbert.tokenizer import BertTokenizer
 
@@ -289,20 +289,9 @@ class SequenceTask(Task):
             total = (total + self._sum(second, labels, True)) / 2 + self.r_drop * between
         loss = total / n_items["labels"]
         if "teacher" in batch.labels:
-            taught = self._taught(logits, batch.labels["teacher"]) / n_items["sequences"]
-            loss = (1 - self.teaching) * loss + self.teaching * taught
+            taught = divergence(logits, batch.labels["teacher"], self.temperature, self.kind)
+            loss = (1 - self.teaching) * loss + self.teaching * taught / n_items["sequences"]
         return loss, {}
-
-    def _taught(self, logits: Tensor, teacher: Tensor) -> Tensor:
-        teacher, t = teacher.to(logits), self.temperature
-        if self.kind == "regression":
-            return F.mse_loss(logits, teacher, reduction="sum")
-        if self.kind == "multi_label_classification":
-            wanted = (teacher / t).sigmoid()
-            loss = F.binary_cross_entropy_with_logits(logits / t, wanted, reduction="sum")
-            return loss * t**2 / logits.shape[1]
-        student, wanted = (logits / t).log_softmax(1), (teacher / t).log_softmax(1)
-        return F.kl_div(student, wanted, reduction="sum", log_target=True) * t**2
 
     def _sum(self, logits: Tensor, labels: Tensor, in_training: bool = False) -> Tensor:
         """The loss; evaluations are without weights of classes and smoothing."""
@@ -354,12 +343,19 @@ class TokenTask(Task):
     parts = ("words", "tags")
     metric = "f1"
 
+    def __init__(self, tokenizer: BertTokenizer, **options: Any) -> None:
+        super().__init__(tokenizer, **options)
+        self._choose_metric()
+
     def fit_labels(self, examples: Examples) -> None:
         if self.labels is None:
             tags = {label_name(t, examples.names) for ts in examples.columns["tags"] for t in ts}
             self.labels = in_order(tags, examples.names)
-        if not any("-" in label for label in self.labels):
-            self.metric = "word_accuracy"
+        self._choose_metric()
+
+    def _choose_metric(self) -> None:
+        if self.labels is not None and not any("-" in label for label in self.labels):
+            self.metric = "word_accuracy"  # there are no entities
 
     def encode(self, examples: Examples, labelled: bool = True) -> Data:
         words = [

@@ -15,7 +15,7 @@ import platform
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +26,11 @@ from torch import nn
 
 from fastbert.batches import TokenBatches
 from fastbert.config import BertConfig
-from fastbert.examples import Examples, Source, read_examples
+from fastbert.examples import Examples, MissingColumn, Source, read_examples
 from fastbert.files import find_checkpoint, model_folder, replace_folder
 from fastbert.loop import Options, fit
 from fastbert.masked import MaskedTask
+from fastbert.place import Place
 from fastbert.qa import QuestionTask
 from fastbert.tasks import Data, SequenceTask, Task, TokenTask, infer
 from fastbert.tokenizer import BertTokenizer
@@ -105,6 +106,13 @@ def mlm(train: Source, **options: Any) -> dict[str, Any]:
     return train_task("mlm", train, **options)
 
 
+def distill(train: Source, **options: Any) -> dict[str, Any]:
+    """A small model that learns from a trained one: fastbert.distill.distill."""
+    from fastbert.distill import distill as of_teacher
+
+    return of_teacher(train, **options)
+
+
 def make_task(
     name: str, tokenizer: BertTokenizer, *, multi_label: bool = False, **options: Any
 ) -> Task:
@@ -150,13 +158,10 @@ def train_task(
     The model is evaluated on `dev` after each epoch, and the best by the task's metric is kept;
     without `dev` the last is. Raises ValueError, with file and row, on data that cannot be read.
     """
-    started = time.perf_counter()
     named = {f.name for f in fields(Recipe)} & options.keys()
     recipe = Recipe(**{name: options.pop(name) for name in named})
-    out = Path(out)
-    work = out.with_name(out.name + ".parts")
-    _check_out(out, work, resume, overwrite)
-    tell = _silent if quiet else _tell
+    place = Place(Path(out), resume, overwrite, quiet)
+    tell = place.tell
     tokenizer = BertTokenizer.from_pretrained(model)
     config = BertConfig.from_file(find_checkpoint(model, weights=False).config_file)
     limit = min(recipe.max_length, config.max_position_embeddings)
@@ -178,15 +183,57 @@ def train_task(
         shown = ", ".join(task.labels[:12]) + (", ..." if len(task.labels) > 12 else "")
         tell(f"{len(task.labels)} labels: {shown}")
 
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = chosen_device(device)
     if teacher is not None:
         data.targets["teacher"] = _taught(task, train_examples, teacher, str(chosen))
     torch.manual_seed(recipe.seed)  # the head's first weights
-    network = _load_head(task, model, chosen)
-    trained: nn.Module = _with_lora(network, lora) if lora else network
+    network = load_head(task, model, chosen)
+    return run(
+        task,
+        data,
+        dev_data,
+        _with_lora(network, lora) if lora else network,
+        recipe,
+        place,
+        lr=recipe.lr or usual_lr(network, bool(lora)),
+        settings={
+            "options": {k: v for k, v in options.items() if k != "columns"},
+            "model": str(model),
+            "lora": lora,
+            "teacher": None if teacher is None else str(teacher),
+        },
+        numbers={"task": task_name, "model": str(model)},
+        sources=[train, dev, model],
+        finish=(lambda trained: trained.merge_and_unload()) if lora else (lambda trained: trained),
+    )
+
+
+def run(
+    task: Task,
+    data: Data,
+    dev_data: Data | None,
+    trained: nn.Module,
+    recipe: Recipe,
+    place: Place,
+    *,
+    lr: float,
+    settings: Mapping[str, Any],
+    numbers: dict[str, Any],
+    sources: list[Any],
+    finish: Callable[[Any], Any],
+    lesson: Any = None,
+) -> dict[str, Any]:
+    """Train `trained` on `data`, and write what `finish` makes of it to the folder `place.out`.
+
+    settings: what a checkpoint must agree on beside the recipe. numbers: what metrics.json says
+    first. sources: what `place.out` must not hold. lesson: whose `collate` and `loss` are learned,
+    where they are not the task's.
+    """
+    lesson = task if lesson is None else lesson
+    device = next(trained.parameters()).device
     steps = TokenBatches(
         data.lengths,
-        lambda index, epoch: task.collate(data, index, epoch),
+        lambda index, epoch: lesson.collate(data, index, epoch),
         epochs=recipe.epochs,
         batch_size=None if recipe.step_tokens else recipe.batch_size,
         step_tokens=recipe.step_tokens or 4096,
@@ -194,7 +241,6 @@ def train_task(
         window=recipe.window,
         seed=recipe.seed,
     )
-    lr = recipe.lr or _usual_lr(task, network, bool(lora))
     per_epoch = steps.steps_of_epoch[0]
     loop_options = Options(
         steps=len(steps),
@@ -205,14 +251,11 @@ def train_task(
         settings={
             "task": task.settings(),
             "labels": task.labels,
-            "options": {k: v for k, v in options.items() if k != "columns"},
-            "model": str(model),
+            **settings,
             "sequences": len(data.packed),
             "tokens": int(data.packed.input_ids.numel()),
             "batches": [recipe.epochs, recipe.batch_size, recipe.step_tokens, recipe.batch_tokens],
             "window": recipe.window,
-            "lora": lora,
-            "teacher": None if teacher is None else str(teacher),
         },
         **{
             f.name: getattr(recipe, f.name)
@@ -220,9 +263,9 @@ def train_task(
             if f.name not in ("epochs", "lr") and f.name in {o.name for o in fields(Options)}
         },
     )
-    tell(
+    place.tell(
         f"{len(data.packed):,} sequences, {data.packed.input_ids.numel():,} tokens: "
-        f"{len(steps):,} steps in {recipe.epochs:g} epochs, learning rate {lr:g}, on {chosen}"
+        f"{len(steps):,} steps in {recipe.epochs:g} epochs, learning rate {lr:g}, on {device}"
     )
 
     def evaluated(network: nn.Module) -> dict[str, float]:
@@ -232,20 +275,18 @@ def train_task(
     result = fit(
         trained,
         steps,
-        task.loss,
+        lesson.loss,
         loop_options,
-        work,
-        resume,
+        place.work,
+        place.resume,
         evaluated if dev_data else None,
-        quiet=quiet,
+        quiet=place.quiet,
     )
-    if lora:
-        network = trained.merge_and_unload()  # type: ignore[operator]
+    network = finish(trained)
     final = evaluated(network) if dev_data else None
-    numbers: dict[str, Any] = {
-        "task": task_name,
-        "model": str(model),
-        "train": train_examples.name,
+    numbers = {
+        **numbers,
+        "train": data.examples.name,
         "dev": None if dev_data is None else dev_data.examples.name,
         "labels": task.labels,
         "metrics": final,
@@ -254,19 +295,19 @@ def train_task(
         "stopped_early": result.stopped_early,
         "tokens": result.tokens,
         "seconds": round(result.seconds, 3),
-        "seconds_in_all": round(time.perf_counter() - started, 3),
+        "seconds_in_all": round(time.perf_counter() - place.started, 3),
         "tokens_per_second": round(result.tokens / max(result.seconds, 1e-9)),
         "recipe": {f.name: getattr(recipe, f.name) for f in fields(Recipe)} | {"lr": lr},
         "settings": loop_options.settings,
         "versions": {"fastbert": version("fastbert"), "torch": torch.__version__},
-        "device": f"{chosen}, {platform.machine()}",
+        "device": f"{device}, {platform.machine()}",
         "history": result.history,
         "evaluations": [_numbers(entry) for entry in result.evaluations],
     }
-    with replace_folder(out, overwrite, _paths(train, dev, model)) as new:
+    with replace_folder(place.out, place.overwrite, _paths(*sources)) as new:
         new.mkdir(parents=True)
         write_model(new, network, task, numbers)
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(place.work, ignore_errors=True)
     return numbers
 
 
@@ -321,9 +362,7 @@ def load(folder: str | Path, device: str | None = None) -> Trained:
             f"{folder} has no {SETTINGS_NAME}: it is not a folder of fastbert train"
         ) from None
     kind = _TASKS[settings.pop("task")]
-    network = kind.head.from_pretrained(
-        path, device=device or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    network = kind.head.from_pretrained(path, device=chosen_device(device))
     has_labels = kind in (SequenceTask, TokenTask)
     labels = list(network.config.id2label.values()) if has_labels else None
     task = kind(BertTokenizer.from_pretrained(path), labels=labels, **settings)
@@ -354,18 +393,14 @@ def read_dev(
     named = {part: name for part, name in task.columns.items() if part in parts}
     try:
         return read_examples(source, parts, named, optional=task.optional, format=format)
-    except ValueError as error:
-        if "has no column" not in str(error):
-            raise
+    except MissingColumn as error:
         try:
             return read_examples(source, parts, optional=task.optional, format=format)
-        except ValueError as second:
-            if "which column" in str(second):
-                raise error from None
-            raise
+        except MissingColumn:
+            raise error from None
 
 
-def _load_head(task: Task, model: str | Path, device: torch.device) -> Any:
+def load_head(task: Task, model: str | Path, device: torch.device) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*initialised afresh.*")
         return task.head.from_pretrained(
@@ -406,27 +441,17 @@ def _with_lora(network: Any, rank: int) -> Any:
     return peft.get_peft_model(network, config)
 
 
-def _usual_lr(task: Task, network: Any, is_lora: bool) -> float:
+def chosen_device(device: str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def usual_lr(network: Any, is_lora: bool = False) -> float:
     """Larger for smaller models, as Turc et al. 2019 found; larger again for adapters."""
     hidden = network.config.hidden_size
     lr = 5e-5 if hidden >= 768 else 1e-4 if hidden >= 384 else 3e-4
     if hidden >= 1024:
         lr = 2e-5
     return 10 * lr if is_lora else lr
-
-
-def _check_out(out: Path, work: Path, resume: bool, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists already; --overwrite replaces it")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder {out.parent} for {out.name} does not exist")
-    if work.exists() and overwrite and not resume:
-        shutil.rmtree(work)
-    if any(work.glob("checkpoints/step-*.pt")) and not resume:
-        raise ValueError(
-            f"{work} holds a run that was stopped: --resume goes on with it, "
-            "--overwrite starts again"
-        )
 
 
 def _paths(*sources: Any) -> list[str | Path]:
@@ -439,11 +464,3 @@ def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _tell(text: str) -> None:
-    print(text, flush=True)
-
-
-def _silent(text: str) -> None:
-    pass
