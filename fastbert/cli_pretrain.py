@@ -80,7 +80,7 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     add("--save-seconds", type=float, default=300.0, metavar="S", help="between checkpoints")
     add("--save-every", type=int, default=0, metavar="N", help="steps between checkpoints")
     add("--log-every", type=int, default=20, metavar="N", help="steps between numbers kept")
-    add("--tensorboard", action="store_true", help="write to DIR.parts/tensorboard")
+    add("--tensorboard", action="store_true", help="its files, in DIR/tensorboard")
 
 
 def _add_text(command: argparse.ArgumentParser) -> None:

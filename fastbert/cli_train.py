@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,8 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
         help="fine-tune a model on a file of examples",
         description="Fine-tune a model on a file of examples, and write a folder that fastbert and "
         "transformers read, with scores, pictures and a card. A run that was stopped goes on with "
-        "--resume, to the same weights.",
+        "--resume, to the same weights. On more GPUs or machines: torchrun --nproc-per-node N -m "
+        "fastbert.train, same options.",
     )
     tasks = command.add_subparsers(title="tasks", metavar="TASK", required=True)
     for name, what in _TASKS.items():
@@ -179,7 +181,8 @@ def _add_recipe(task: argparse.ArgumentParser, with_lora: bool = True) -> None:
     group.add_argument("--seed", type=int, default=0, metavar="N")
     group.add_argument("--save-seconds", type=float, default=300.0, metavar="S", help="checkpoints")
     group.add_argument("--save-every", type=int, default=0, metavar="N", help="checkpoints, steps")
-    group.add_argument("--tensorboard", action="store_true", help="write to DIR.parts/tensorboard")
+    group.add_argument("--log-every", type=int, default=20, metavar="N", help="numbers kept, steps")
+    group.add_argument("--tensorboard", action="store_true", help="its files, in DIR/tensorboard")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -200,6 +203,8 @@ def _train(args: argparse.Namespace) -> None:
         numbers = train_it(train, columns=columns, **options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; --resume goes on from the last checkpoint") from None
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(
         f"{args.out}: {numbers['steps']:,} steps, {numbers['seconds']:,.1f} s, "
         f"{numbers['tokens_per_second']:,} tokens/s"

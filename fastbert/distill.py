@@ -28,11 +28,11 @@ from fastbert.inputs import EncoderInputs
 from fastbert.loop import MicroBatch
 from fastbert.losses import divergence, wide
 from fastbert.packing import PackedBatch
-from fastbert.place import Place
+from fastbert.place import place_of
 from fastbert.qa import QuestionTask
 from fastbert.student import make_student, spaced
 from fastbert.tasks import Data, SequenceTask, Task, TokenTask
-from fastbert.train import Recipe, chosen_device, load, read_dev, run, usual_lr
+from fastbert.train import Recipe, load, read_dev, run, usual_lr
 
 _TIMED_TOKENS = 4096
 
@@ -73,49 +73,52 @@ def distill(
             "hidden must be 0 or more, teaching from 0 to 1 and temperature above 0, "
             f"got {hidden}, {teaching} and {temperature}"
         )
-    place, recipe = Place(Path(out), resume, overwrite, quiet), Recipe(**options)
-    taught = load(teacher, device)
-    task, large = taught.task, taught.model.float().requires_grad_(False)
-    if not isinstance(task, SequenceTask | TokenTask | QuestionTask):
-        raise ValueError(f"a teacher's task is classify, pair, regression, tokens or qa: {teacher} "
-                         f"was trained for {task.name}")  # fmt: skip
-    torch.manual_seed(recipe.seed)  # the student's first weights
-    small = make_student(str(student), task, large, chosen_device(device))
-    longest = small.config.max_position_embeddings
-    task.max_length = min(recipe.max_length, task.max_length, longest)
+    recipe = Recipe(**options)
+    with place_of(out, device, resume, overwrite, quiet) as place:
+        taught = load(teacher, str(place.device))
+        task, large = taught.task, taught.model.float().requires_grad_(False)
+        if not isinstance(task, SequenceTask | TokenTask | QuestionTask):
+            raise ValueError(
+                "a teacher's task is classify, pair, regression, tokens or qa: "
+                f"{teacher} was trained for {task.name}"
+            )
+        torch.manual_seed(recipe.seed)  # the student's first weights
+        small = make_student(str(student), task, large, place.device)
+        longest = small.config.max_position_embeddings
+        task.max_length = min(recipe.max_length, task.max_length, longest)
 
-    examples, labelled = _read(task, train, format, columns)
-    place.tell(examples.said() + ("" if labelled else "; no labels: the teacher alone teaches"))
-    task.columns |= examples.chosen
-    data, dev_data = task.encode(examples, labelled), None
-    if dev is not None:
-        dev_examples = read_dev(task, dev, format)
-        place.tell(dev_examples.said())
-        dev_data = task.encode(dev_examples)
-    numbers = _compare(large, small, task, data, dev_data, recipe.batch_tokens)
-    numbers["teacher"]["folder"] = str(teacher)
-    for who, of in numbers.items():
-        speed = f"{of['tokens_per_second']:,} tokens/s forward"
-        place.tell(f"the {who}: {of['parameters']:,} parameters, {speed}")
-    lesson = Distillation(task, large, hidden, teaching if labelled else 1.0, temperature)
-    return run(
-        task,
-        data,
-        dev_data,
-        Student(small, large, hidden > 0),
-        recipe,
-        place,
-        lr=recipe.lr or usual_lr(small),
-        settings={
-            "teacher": str(teacher),
-            "student": str(student),
-            "distillation": [hidden, lesson.teaching, temperature],
-        },
-        numbers={"task": task.name, "model": str(student), **numbers},
-        sources=[train, dev, teacher, student],
-        finish=lambda trained: trained.model,
-        lesson=lesson,
-    )
+        examples, labelled = _read(task, train, format, columns)
+        place.tell(examples.said() + ("" if labelled else "; no labels: the teacher alone teaches"))
+        task.columns |= examples.chosen
+        data, dev_data = task.encode(examples, labelled), None
+        if dev is not None:
+            dev_examples = read_dev(task, dev, format)
+            place.tell(dev_examples.said())
+            dev_data = task.encode(dev_examples)
+        numbers = _compare(large, small, task, data, dev_data, recipe.batch_tokens)
+        numbers["teacher"]["folder"] = str(teacher)
+        for who, of in numbers.items():
+            speed = f"{of['tokens_per_second']:,} tokens/s forward"
+            place.tell(f"the {who}: {of['parameters']:,} parameters, {speed}")
+        lesson = Distillation(task, large, hidden, teaching if labelled else 1.0, temperature)
+        return run(
+            task,
+            data,
+            dev_data,
+            Student(small, large, hidden > 0),
+            recipe,
+            place,
+            lr=recipe.lr or usual_lr(small),
+            settings={
+                "teacher": str(teacher),
+                "student": str(student),
+                "distillation": [hidden, lesson.teaching, temperature],
+            },
+            numbers={"task": task.name, "model": str(student), **numbers},
+            sources=[train, dev, teacher, student],
+            finish=lambda trained: trained.model,
+            lesson=lesson,
+        )
 
 
 class Student(nn.Module):
@@ -151,7 +154,6 @@ class Distillation:
         self.kind = task.kind if isinstance(task, SequenceTask) else "single_label_classification"
 
     def collate(self, data: Data, index: Index, epoch: int) -> MicroBatch:
-        index = index[np.argsort(data.lengths[index], kind="stable")]  # as models would on a CPU
         if data.targets:
             batch = self.task.collate(data, index, epoch)
         else:

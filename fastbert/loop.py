@@ -245,7 +245,7 @@ class _Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", writes=self.rank == 0)
         self.result = Result()
         self.sums: dict[str, Tensor] = {}  # since the last line of the history
-        self.progress = Progress(folder, options, quiet=quiet or self.rank > 0)
+        self.progress = Progress(folder, options, quiet or self.rank > 0, writes=self.rank == 0)
 
     def go(self, resume: bool) -> Result:
         self.folder.mkdir(parents=True, exist_ok=True)

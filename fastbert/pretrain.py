@@ -14,13 +14,10 @@ import json
 import math
 import os
 import platform
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,13 +28,14 @@ from torch import nn
 
 from fastbert.config import BertConfig
 from fastbert.corpus import build_corpus
-from fastbert.files import replace_folder, write_atomically
+from fastbert.files import write_atomically
 from fastbert.hygiene import Hygiene
 from fastbert.instances import Instances, PretrainingSteps, hold_out
 from fastbert.lamb import LAMB
 from fastbert.lm import BertForMaskedLM, BertForPreTraining
 from fastbert.loop import Options, adamw, fit
 from fastbert.masking import Masking, Vocabulary
+from fastbert.place import Place, place_of
 from fastbert.report import plot_history
 from fastbert.scored import Scored, evaluate, held_out_batches, loss_of
 from fastbert.shards import MANIFEST, Corpus
@@ -158,26 +156,19 @@ def pretrain(
     numbers of metrics.json. Under torchrun every rank calls it, and rank 0 writes.
     """
     recipe = Recipe(**options)
-    out = Path(out)
-    work = out.with_name(out.name + ".parts")
     tokenizer = BertTokenizer.from_pretrained(vocab)
-    with _ranks(device) as (place, rank, n_ranks):
-        tell = _silent if quiet or rank else _tell
-        if rank == 0:
-            _check_out(out, work, resume, overwrite)
-        text = _corpus(files, tokenizer, Path(corpus or work / "corpus"), rank, quiet, hygiene,
-                       max_sentence)  # fmt: skip
-        numbers = _train(recipe, text, tokenizer, work, place, rank, n_ranks, resume, quiet, tell)
+    with place_of(out, device, resume, overwrite, quiet) as place:
+        folder = Path(corpus or place.work / "corpus")
+        text = _corpus(files, tokenizer, folder, place.rank, quiet, hygiene, max_sentence)
+        numbers = _train(recipe, text, tokenizer, place)
         network = numbers.pop("network")
         numbers |= {"files": [os.fspath(f) for f in files], "vocab": str(vocab)}
-        if rank == 0:
-            with replace_folder(out, overwrite, [f for f in files if Path(f).exists()]) as new:
-                new.mkdir(parents=True)
+        if place.rank == 0:
+            with place.written(files) as new:
                 network.save_pretrained(new)
                 tokenizer.save_pretrained(new)
                 (new / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
                 plot_history(new / "loss.png", numbers)
-            shutil.rmtree(work, ignore_errors=True)
     return numbers
 
 
@@ -185,14 +176,9 @@ def _train(
     recipe: Recipe,
     text: Corpus,
     tokenizer: BertTokenizer,
-    work: Path,
-    device: torch.device,
-    rank: int,
-    n_ranks: int,
-    resume: bool,
-    quiet: bool,
-    tell: Any,
+    place: Place,
 ) -> dict[str, Any]:
+    device, n_ranks = place.device, place.n_ranks
     train, held = hold_out(text, recipe.held_out, recipe.seed)
     batch_tokens = recipe.batch_tokens or (65536 if device.type == "cuda" else 4096)
     lengths = [recipe.max_length]
@@ -223,12 +209,11 @@ def _train(
         return with_whole_state(made) if recipe.fsdp and n_ranks > 1 else made
 
     n_steps = recipe.steps or _steps_of(
-        recipe, work, resume,
-        lambda: _seconds_a_step(recipe, model, all_instances[0], is_bf16), device, n_ranks,
+        recipe, place, lambda: _seconds_a_step(recipe, model, all_instances[0], is_bf16)
     )  # fmt: skip
     first = n_steps - round(n_steps * recipe.second_share) if len(lengths) > 1 else n_steps
     phases = list(zip((first, n_steps - first), all_instances, strict=False))
-    steps = PretrainingSteps(phases, accumulate=recipe.accumulate, rank=rank, n_ranks=n_ranks)
+    steps = PretrainingSteps(phases, accumulate=recipe.accumulate, rank=place.rank, n_ranks=n_ranks)
     held_batches = held_out_batches(all_instances[0], held, recipe.eval_tokens) if len(held) else []
     loop_options = Options(
         steps=n_steps,
@@ -251,7 +236,7 @@ def _train(
         },
     )
     n_parameters = sum(p.numel() for p in network.parameters())
-    tell(
+    place.tell(
         f"{recipe.size}: {n_parameters:,} parameters on {n_ranks} x {device.type}; "
         f"{text.lengths[train].sum():,} tokens in {len(train):,} documents, "
         f"{text.lengths[held].sum():,} in {len(held):,} held out; {n_steps:,} steps of about "
@@ -261,9 +246,9 @@ def _train(
     if recipe.fsdp and n_ranks > 1:
         shard(model, network.bert.encoder.layer)
     result = fit(
-        model, steps, loss_of, loop_options, work, resume,
+        model, steps, loss_of, loop_options, place.work, place.resume,
         (lambda m: evaluate(m, held_batches, is_bf16)) if held_batches else None,
-        make_optimizer, quiet,
+        make_optimizer, place.quiet,
     )  # fmt: skip
     if recipe.fsdp and n_ranks > 1:
         state = model.state_dict()  # whole tensors
@@ -293,20 +278,18 @@ def _train(
     }
 
 
-def _steps_of(
-    recipe: Recipe, work: Path, resume: bool, seconds: Any, device: torch.device, n_ranks: int
-) -> int:
+def _steps_of(recipe: Recipe, place: Place, seconds: Callable[[], float]) -> int:
     """How many steps the minutes are; of a run that goes on, as many as were found at first."""
     assert recipe.minutes is not None
-    path = work / "steps.json"
-    if resume and path.is_file():
+    path = place.work / "steps.json"
+    if place.resume and path.is_file():
         return int(json.loads(path.read_text())["steps"])
-    slowest = torch.tensor(seconds(), device=device)
-    if n_ranks > 1:
+    slowest = torch.tensor(seconds(), device=place.device)
+    if place.n_ranks > 1:
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
     n_steps = max(1, round(0.95 * 60 * recipe.minutes / float(slowest)))
-    if not n_ranks > 1 or dist.get_rank() == 0:
-        work.mkdir(parents=True, exist_ok=True)
+    if place.rank == 0:
+        place.work.mkdir(parents=True, exist_ok=True)
         with write_atomically(path) as temporary:
             temporary.write_text(json.dumps({"steps": n_steps}) + "\n")
     return n_steps
@@ -364,47 +347,6 @@ def _corpus(
     corpus = Corpus(folder)
     corpus.check(tokenizer)
     return corpus
-
-
-@contextmanager
-def _ranks(device: str | None) -> Iterator[tuple[torch.device, int, int]]:
-    """The device, the rank and how many there are: torchrun's, or one."""
-    on_gpu = torch.cuda.is_available() and device != "cpu"
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield torch.device(device or ("cuda" if on_gpu else "cpu")), 0, 1
-        return
-    place = torch.device("cpu")
-    if on_gpu:
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(place)
-    # A day: rank 0 tokenises the corpus first.
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
-    try:
-        yield place, dist.get_rank(), dist.get_world_size()
-    finally:
-        dist.destroy_process_group()
-
-
-def _check_out(out: Path, work: Path, resume: bool, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists already; --overwrite replaces it")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder {out.parent} for {out.name} does not exist")
-    if any(work.glob("checkpoints/step-*.pt")) and not resume:
-        if not overwrite:
-            raise ValueError(
-                f"{work} holds a run that was stopped: --resume goes on with it, "
-                "--overwrite starts again"
-            )
-        shutil.rmtree(work / "checkpoints")
-
-
-def _tell(text: str) -> None:
-    print(text, flush=True)
-
-
-def _silent(text: str) -> None:
-    pass
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """options: a fastbert.loop.Options. quiet: nothing is shown. Rates count this process only."""
+    """options: a fastbert.loop.Options. quiet: nothing is shown. writes: TensorBoard's
+    files, if wanted. Rates count this process only."""
 
-    def __init__(self, folder: Path, options: Any, quiet: bool) -> None:
+    def __init__(self, folder: Path, options: Any, quiet: bool, writes: bool = True) -> None:
         self.n_steps, self.quiet = options.steps, quiet
         self.bar: Any = None
         self.board: Any = None
-        if options.tensorboard and not quiet:
+        if options.tensorboard and writes:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:

@@ -4,7 +4,9 @@
 
 `classify`, `pair`, `regression`, `tokens`, `qa` and `mlm` take what fastbert.examples reads and
 give the numbers that they also write to OUT/metrics.json. The folder is a model folder, which
-transformers reads too; `load`, `evaluate` and `predict` take it.
+transformers reads too; `load`, `evaluate` and `predict` take it. On more GPUs or machines:
+
+    torchrun --nproc-per-node 8 -m fastbert.train classify train.tsv --dev dev.tsv ...
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,10 +29,10 @@ from torch import nn
 from fastbert.batches import TokenBatches
 from fastbert.config import BertConfig
 from fastbert.examples import Examples, MissingColumn, Source, read_examples
-from fastbert.files import find_checkpoint, model_folder, replace_folder
+from fastbert.files import find_checkpoint, model_folder
 from fastbert.loop import Options, fit
 from fastbert.masked import MaskedTask
-from fastbert.place import Place
+from fastbert.place import Place, chosen_device, place_of
 from fastbert.qa import QuestionTask
 from fastbert.tasks import Data, SequenceTask, Task, TokenTask, infer
 from fastbert.tokenizer import BertTokenizer
@@ -153,59 +155,58 @@ def train_task(
     stopped, from OUT.parts. lora: the rank of adapters (peft) that are trained in place of the
     weights, into which they are merged at the end; 0: none. teacher: a folder trained for the same
     labels, whose logits are learned as well (of classify, pair and regression): `model` may then be
-    much smaller. options: Recipe's and the task's.
+    much smaller. options: Recipe's and the task's. Under torchrun every rank calls it, and rank 0
+    writes.
 
     The model is evaluated on `dev` after each epoch, and the best by the task's metric is kept;
     without `dev` the last is. Raises ValueError, with file and row, on data that cannot be read.
     """
     named = {f.name for f in fields(Recipe)} & options.keys()
     recipe = Recipe(**{name: options.pop(name) for name in named})
-    place = Place(Path(out), resume, overwrite, quiet)
-    tell = place.tell
-    tokenizer = BertTokenizer.from_pretrained(model)
-    config = BertConfig.from_file(find_checkpoint(model, weights=False).config_file)
-    limit = min(recipe.max_length, config.max_position_embeddings)
-    if task_name == "mlm":
-        options.setdefault("seed", recipe.seed)
-    task = make_task(task_name, tokenizer, max_length=limit, columns=columns, **options)
-    train_examples = read_examples(
-        train, task.parts, columns, optional=task.optional, format=format
-    )
-    tell(train_examples.said())
-    task.fit_labels(train_examples)
-    task.columns = {**train_examples.chosen}
-    data, dev_data = task.encode(train_examples), None
-    if dev is not None:
-        dev_examples = read_dev(task, dev, format)
-        tell(dev_examples.said())
-        dev_data = task.encode(dev_examples)
-    if task.labels is not None and len(task.labels) > 1:
-        shown = ", ".join(task.labels[:12]) + (", ..." if len(task.labels) > 12 else "")
-        tell(f"{len(task.labels)} labels: {shown}")
+    with place_of(out, device, resume, overwrite, quiet) as place:
+        tokenizer = BertTokenizer.from_pretrained(model)
+        config = BertConfig.from_file(find_checkpoint(model, weights=False).config_file)
+        limit = min(recipe.max_length, config.max_position_embeddings)
+        if task_name == "mlm":
+            options.setdefault("seed", recipe.seed)
+        task = make_task(task_name, tokenizer, max_length=limit, columns=columns, **options)
+        train_examples = read_examples(
+            train, task.parts, columns, optional=task.optional, format=format
+        )
+        place.tell(train_examples.said())
+        task.fit_labels(train_examples)
+        task.columns = {**train_examples.chosen}
+        data, dev_data = task.encode(train_examples), None
+        if dev is not None:
+            dev_examples = read_dev(task, dev, format)
+            place.tell(dev_examples.said())
+            dev_data = task.encode(dev_examples)
+        if task.labels is not None and len(task.labels) > 1:
+            shown = ", ".join(task.labels[:12]) + (", ..." if len(task.labels) > 12 else "")
+            place.tell(f"{len(task.labels)} labels: {shown}")
 
-    chosen = chosen_device(device)
-    if teacher is not None:
-        data.targets["teacher"] = _taught(task, train_examples, teacher, str(chosen))
-    torch.manual_seed(recipe.seed)  # the head's first weights
-    network = load_head(task, model, chosen)
-    return run(
-        task,
-        data,
-        dev_data,
-        _with_lora(network, lora) if lora else network,
-        recipe,
-        place,
-        lr=recipe.lr or usual_lr(network, bool(lora)),
-        settings={
-            "options": {k: v for k, v in options.items() if k != "columns"},
-            "model": str(model),
-            "lora": lora,
-            "teacher": None if teacher is None else str(teacher),
-        },
-        numbers={"task": task_name, "model": str(model)},
-        sources=[train, dev, model],
-        finish=(lambda trained: trained.merge_and_unload()) if lora else (lambda trained: trained),
-    )
+        if teacher is not None:
+            data.targets["teacher"] = _taught(task, train_examples, teacher, str(place.device))
+        torch.manual_seed(recipe.seed)  # the head's first weights
+        network = load_head(task, model, place.device)
+        return run(
+            task,
+            data,
+            dev_data,
+            _with_lora(network, lora) if lora else network,
+            recipe,
+            place,
+            lr=recipe.lr or usual_lr(network, bool(lora)),
+            settings={
+                "options": {k: v for k, v in options.items() if k != "columns"},
+                "model": str(model),
+                "lora": lora,
+                "teacher": None if teacher is None else str(teacher),
+            },
+            numbers={"task": task_name, "model": str(model)},
+            sources=[train, dev, model],
+            finish=(lambda trained: trained.merge_and_unload()) if lora else None,
+        )
 
 
 def run(
@@ -220,10 +221,10 @@ def run(
     settings: Mapping[str, Any],
     numbers: dict[str, Any],
     sources: list[Any],
-    finish: Callable[[Any], Any],
+    finish: Callable[[Any], Any] | None,
     lesson: Any = None,
 ) -> dict[str, Any]:
-    """Train `trained` on `data`, and write what `finish` makes of it to the folder `place.out`.
+    """Train `trained` on `data`, and write it, or what `finish` makes of it, to `place.out`.
 
     settings: what a checkpoint must agree on beside the recipe. numbers: what metrics.json says
     first. sources: what `place.out` must not hold. lesson: whose `collate` and `loss` are learned,
@@ -240,6 +241,8 @@ def run(
         batch_tokens=recipe.batch_tokens,
         window=recipe.window,
         seed=recipe.seed,
+        rank=place.rank,
+        n_ranks=place.n_ranks,
     )
     per_epoch = steps.steps_of_epoch[0]
     loop_options = Options(
@@ -282,8 +285,14 @@ def run(
         evaluated if dev_data else None,
         quiet=place.quiet,
     )
-    network = finish(trained)
-    final = evaluated(network) if dev_data else None
+    best_step = result.best_step or result.step
+    network, final = trained, None
+    if finish is not None:
+        network = finish(trained)
+        final = evaluated(network) if dev_data else None
+    elif dev_data:
+        scores = next(e for e in reversed(result.evaluations) if e["step"] == best_step)
+        final = {name: score for name, score in scores.items() if name != "step"}
     numbers = {
         **numbers,
         "train": data.examples.name,
@@ -291,7 +300,7 @@ def run(
         "labels": task.labels,
         "metrics": final,
         "steps": result.step,
-        "best_step": result.best_step or result.step,
+        "best_step": best_step,
         "stopped_early": result.stopped_early,
         "tokens": result.tokens,
         "seconds": round(result.seconds, 3),
@@ -304,10 +313,9 @@ def run(
         "history": result.history,
         "evaluations": [_numbers(entry) for entry in result.evaluations],
     }
-    with replace_folder(place.out, place.overwrite, _paths(*sources)) as new:
-        new.mkdir(parents=True)
-        write_model(new, network, task, numbers)
-    shutil.rmtree(place.work, ignore_errors=True)
+    if place.rank == 0:
+        with place.written(sources) as new:
+            write_model(new, network, task, numbers)
     return numbers
 
 
@@ -441,10 +449,6 @@ def _with_lora(network: Any, rank: int) -> Any:
     return peft.get_peft_model(network, config)
 
 
-def chosen_device(device: str | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def usual_lr(network: Any, is_lora: bool = False) -> float:
     """Larger for smaller models, as Turc et al. 2019 found; larger again for adapters."""
     hidden = network.config.hidden_size
@@ -454,13 +458,15 @@ def usual_lr(network: Any, is_lora: bool = False) -> float:
     return 10 * lr if is_lora else lr
 
 
-def _paths(*sources: Any) -> list[str | Path]:
-    return [x for x in sources if isinstance(x, str | Path) and Path(x).exists()]
-
-
 def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in entry.items() if isinstance(v, int | float)}
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    from fastbert.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

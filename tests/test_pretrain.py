@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
 from safetensors.torch import load_file
+from torchrun import on_two_ranks
 
 import fastbert.pretrain
 from fastbert import BertForPreTraining, BertTokenizer
@@ -195,13 +194,6 @@ def test_stopped_and_resumed_is_the_same(data, trained, tmp_path, monkeypatch, o
         run(data, tmp_path / "m", **changes, resume=True, mask_rate=0.2)
     run(data, tmp_path / "m", **changes, resume=True)
     assert_same(tmp_path / "m", tmp_path / "whole")
-
-
-def on_two_ranks(*command):
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", *map(str, command)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # Without clipping, whose norm FSDP2 sums in another order, and dropout, whose numbers are a rank's.

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torchrun import on_two_ranks
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
@@ -238,6 +239,27 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tiny, tmp_path, monkeypatch):
     assert resumed["history"] == whole["history"]
     a, b = (tmp_path / x / "model.safetensors" for x in ("whole", "part"))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_two_ranks_are_one(tiny, tmp_path):
+    """Each takes every second sequence of a step: the losses are those of one rank."""
+    model = BertForMaskedLM.from_pretrained(tiny)
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
+    model.save_pretrained(tmp_path / "model")
+    BertTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "model")
+    train = write(tmp_path / "train.jsonl", rows_of("classify", 50))
+    dev = write(tmp_path / "dev.jsonl", rows_of("classify", 20, seed=1))
+    options = {"dev": dev, "model": tmp_path / "model", "epochs": 2, "lr": 1e-3, "batch_size": 8}
+    one = fastbert.train.classify(train, out=tmp_path / "one", log_every=1, quiet=True, **options)
+    options |= {"out": tmp_path / "two", "log_every": 1, "device": "cpu"}
+    named = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", v)]
+    said = on_two_ranks("-m", "fastbert.train", "classify", train, *named)
+    assert said.count("2 labels: bad, good") == said.count("14 steps, ") == 1
+    two = json.loads((tmp_path / "two/metrics.json").read_text())
+    for name in ("loss", "tokens"):
+        alike = pytest.approx([entry[name] for entry in one["history"]], rel=1e-4)
+        assert [entry[name] for entry in two["history"]] == alike
+    assert two["metrics"]["accuracy"] == one["metrics"]["accuracy"]
 
 
 def test_words_are_labelled_at_their_first_token(tiny):
