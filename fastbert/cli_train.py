@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_FORMATS = ("csv", "tsv", "jsonl", "txt", "parquet", "conll", "squad")
+FORMATS = ("csv", "tsv", "jsonl", "txt", "parquet", "conll", "squad")
 _TASKS = {
     "classify": "one label of several, of a text",
     "pair": "one label of several, of two texts",
@@ -51,7 +51,7 @@ def _add_task(tasks: Any, name: str, what: str) -> None:
     task.add_argument("--dev", metavar="DEV", help="examples to evaluate on; the best model counts")
     task.add_argument("--model", required=True, metavar="M", help="a model's folder or its hub id")
     task.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
-    task.add_argument("--format", choices=_FORMATS, help="what TRAIN and DEV are, if not as named")
+    task.add_argument("--format", choices=FORMATS, help="what TRAIN and DEV are, if not as named")
     for part, of in _COLUMNS.items():
         if name in of:
             needed = part == "text_pair" and name == "classify"
@@ -156,7 +156,7 @@ def add_evaluate(commands: Any) -> argparse.ArgumentParser:
     )
     command.add_argument("folder", metavar="DIR")
     command.add_argument("data", metavar="DATA")
-    command.add_argument("--format", choices=_FORMATS, help="what DATA is, if not as named")
+    command.add_argument("--format", choices=FORMATS, help="what DATA is, if not as named")
     command.add_argument("--out", type=Path, metavar="FILE", help="where to write them as JSON")
     command.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     command.set_defaults(run=_evaluate)
@@ -186,7 +186,7 @@ def add_predict(commands: Any) -> argparse.ArgumentParser:
     given.add_argument("--text", help="the text; words for tokens; the question for qa")
     given.add_argument("--file", metavar="F", help="a file like the one it was trained on")
     command.add_argument("--text-pair", metavar="TEXT", help="the second text; the context for qa")
-    command.add_argument("--format", choices=_FORMATS, help="what F is, if not as named")
+    command.add_argument("--format", choices=FORMATS, help="what F is, if not as named")
     command.add_argument("--out", type=Path, metavar="FILE", help="(default: standard output)")
     command.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     command.set_defaults(run=_predict)

@@ -28,6 +28,7 @@ from fastbert.batches import TokenBatches
 from fastbert.config import BertConfig
 from fastbert.examples import Examples, Source, read_examples
 from fastbert.files import find_checkpoint, model_folder, replace_folder
+from fastbert.int8 import ADVICE, is_int8, usual_device
 from fastbert.loop import Options, fit
 from fastbert.masked import MaskedTask
 from fastbert.qa import QuestionTask
@@ -159,6 +160,8 @@ def train_task(
     tell = _silent if quiet else _tell
     tokenizer = BertTokenizer.from_pretrained(model)
     config = BertConfig.from_file(find_checkpoint(model, weights=False).config_file)
+    if is_int8(config):
+        raise ValueError(f"{model} cannot be trained: {ADVICE}")
     limit = min(recipe.max_length, config.max_position_embeddings)
     if task_name == "mlm":
         options.setdefault("seed", recipe.seed)
@@ -321,9 +324,8 @@ def load(folder: str | Path, device: str | None = None) -> Trained:
             f"{folder} has no {SETTINGS_NAME}: it is not a folder of fastbert train"
         ) from None
     kind = _TASKS[settings.pop("task")]
-    network = kind.head.from_pretrained(
-        path, device=device or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    config = BertConfig.from_pretrained(path)
+    network = kind.head.from_pretrained(path, device=device or usual_device(config))
     has_labels = kind in (SequenceTask, TokenTask)
     labels = list(network.config.id2label.values()) if has_labels else None
     task = kind(BertTokenizer.from_pretrained(path), labels=labels, **settings)
