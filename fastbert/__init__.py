@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastbert.model import BertModel
     from fastbert.packing import PackedBatch, pack, unpack
     from fastbert.pretrained import BertPreTrainedModel
+    from fastbert.quantization import quantize
     from fastbert.tokenizer import AddedToken, BatchEncoding, BertTokenizer
     from fastbert.vocab import train_vocab
 
@@ -48,6 +49,7 @@ _MODULES = {
     "accelerate": "drop_in",
     "convert": "convert",
     "pack": "packing",
+    "quantize": "quantization",
     "restore": "drop_in",
     "train_vocab": "vocab",
     "unpack": "packing",
@@ -73,6 +75,7 @@ __all__ = [
     "accelerate",
     "convert",
     "pack",
+    "quantize",
     "restore",
     "train_vocab",
     "unpack",

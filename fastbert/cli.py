@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastbert.cli_pretrain import add_pretrain
+from fastbert.cli_quantize import add_quantize
 from fastbert.cli_train import add_evaluate, add_predict, add_train
 from fastbert.files import replace_folder
 from fastbert.readers import FORMATS, TextSource
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         add_train,
         add_evaluate,
         add_predict,
+        add_quantize,
         _add_convert,
         _add_vocab,
         add_pretrain,
@@ -154,6 +156,7 @@ def kernel_status() -> list[dict[str, str]]:
     import fastbert.kernels
     from fastbert.kernels import _triton
     from fastbert.kernels.linear import can_prepack
+    from fastbert.kernels.linear_int8 import why_no_int8
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problem = _triton.why_not(device)
@@ -172,6 +175,8 @@ def kernel_status() -> list[dict[str, str]]:
         if can_prepack()
         else ("plain torch", "this torch was built without oneDNN's prepacked product")
     )
+    why = why_no_int8()
+    status["linear_int8"] = ("nothing", why) if why else ("oneDNN", "int8 folders, on a CPU")
     return [{"name": n, "runs": runs, "why": why} for n, (runs, why) in sorted(status.items())]
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-_FORMATS = ("csv", "tsv", "jsonl", "txt", "parquet", "conll", "squad")
+FORMATS = ("csv", "tsv", "jsonl", "txt", "parquet", "conll", "squad")
 _TASKS = {
     "classify": "one label of several, of a text",
     "pair": "one label of several, of two texts",
@@ -121,7 +121,7 @@ def _add_distill(tasks: Any) -> None:
 def _add_files(task: argparse.ArgumentParser) -> None:
     task.add_argument("--dev", metavar="DEV", help="examples to evaluate on; the best model counts")
     task.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
-    task.add_argument("--format", choices=_FORMATS, help="what TRAIN and DEV are, if not as named")
+    task.add_argument("--format", choices=FORMATS, help="what TRAIN and DEV are, if not as named")
     task.add_argument("--resume", action="store_true", help="go on with the run that was stopped")
     task.add_argument(
         "--overwrite", action="store_true", help="replace DIR once the new one is complete"
@@ -223,7 +223,7 @@ def add_evaluate(commands: Any) -> argparse.ArgumentParser:
     )
     command.add_argument("folder", metavar="DIR")
     command.add_argument("data", metavar="DATA")
-    command.add_argument("--format", choices=_FORMATS, help="what DATA is, if not as named")
+    command.add_argument("--format", choices=FORMATS, help="what DATA is, if not as named")
     command.add_argument("--out", type=Path, metavar="FILE", help="where to write them as JSON")
     command.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     command.set_defaults(run=_evaluate)
@@ -253,7 +253,7 @@ def add_predict(commands: Any) -> argparse.ArgumentParser:
     given.add_argument("--text", help="the text; words for tokens; the question for qa")
     given.add_argument("--file", metavar="F", help="a file like the one it was trained on")
     command.add_argument("--text-pair", metavar="TEXT", help="the second text; the context for qa")
-    command.add_argument("--format", choices=_FORMATS, help="what F is, if not as named")
+    command.add_argument("--format", choices=FORMATS, help="what F is, if not as named")
     command.add_argument("--out", type=Path, metavar="FILE", help="(default: standard output)")
     command.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     command.set_defaults(run=_predict)

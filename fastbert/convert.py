@@ -50,6 +50,8 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already: give the name of a new folder")
     checkpoint = find_checkpoint(source)
+    if checkpoint.kind == "int8":
+        raise ValueError(f"{source} is an int8 folder: its float32 weights are not in it")
     config = BertConfig.from_file(checkpoint.config_file)
     tensors = read_tensors(checkpoint)
     if all(name.startswith(PREFIX) for name in tensors):
@@ -70,12 +72,7 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict
         # Tied tensors share memory, which safetensors refuses: each gets its own.
         separate = {name: value.clone() for name, value in tensors.items()}
         write_tensors(separate, temporary / WEIGHTS_NAME)
-        for name in _COPIED:
-            path = checkpoint.folder / name
-            if path.is_dir():
-                shutil.copytree(path, temporary / name)
-            elif path.is_file():
-                shutil.copyfile(path, temporary / name)
+        copy_others(checkpoint.folder, temporary)
         if out.is_dir():
             out.rmdir()
         temporary.rename(out)
@@ -88,3 +85,13 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict
         "parameters": sum(value.numel() for value in tensors.values()),
         "missing": missing,
     }
+
+
+def copy_others(source: Path, out: Path) -> None:
+    """Copy what a tokenizer or sentence-transformers reads of a model's folder."""
+    for name in _COPIED:
+        path = source / name
+        if path.is_dir():
+            shutil.copytree(path, out / name)
+        elif path.is_file():
+            shutil.copyfile(path, out / name)

@@ -105,12 +105,15 @@ class Embedder:
         dtype: None keeps the checkpoint's. device: None takes a GPU where there is one. "auto" and
         None go by the files of sentence-transformers, else mean pooling without normalisation.
         """
+        from fastbert.config import BertConfig
+        from fastbert.int8 import usual_device
         from fastbert.model import BertModel
         from fastbert.tokenizer import BertTokenizer
 
-        device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         folder = model_folder(folder_or_hub_id)
         settings = read_settings(folder, pooling)
+        config = BertConfig.from_pretrained(settings.transformer)
+        device = _usable(device or usual_device(config))
         is_whole = settings.transformer == folder  # then the hub id serves, which fetches weights
         name = folder_or_hub_id if is_whole else settings.transformer
         model = BertModel.from_pretrained(name, dtype=dtype, device=device, add_pooling_layer=False)

@@ -19,6 +19,7 @@ _WEIGHTS = (
     ("safetensors", "model.safetensors"),
     ("pytorch", "pytorch_model.bin.index.json"),
     ("pytorch", "pytorch_model.bin"),
+    ("int8", "model.int8.safetensors"),  # fastbert.int8
 )
 _SMALL_FILES = ["*.json", "*.txt"]
 
@@ -29,7 +30,7 @@ class Checkpoint:
 
     folder: Path
     config_file: Path
-    kind: Literal["safetensors", "pytorch", "tensorflow"] | None = None
+    kind: Literal["safetensors", "pytorch", "int8", "tensorflow"] | None = None
     weight_files: tuple[Path, ...] = ()
 
 

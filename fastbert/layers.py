@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastbert.config import BertConfig
 from fastbert.inference import LayerPlan, can_plan, run
+from fastbert.int8 import Int8Linear
 from fastbert.kernels._triton import on_kernel_device
 from fastbert.kernels.attention import Schedule, attention, attention_weights_ref, schedule
 from fastbert.kernels.embeddings import embed
@@ -265,7 +266,7 @@ class BertLayer(nn.Module):
 # What a plan knows the arithmetic of; not their subclasses, which may compute something else.
 _PLAIN = (
     BertLayer, BertAttention, BertSelfAttention, BertSelfOutput, BertIntermediate, BertOutput,
-    nn.Linear, LayerNorm, nn.LayerNorm, nn.Dropout,
+    nn.Linear, Int8Linear, LayerNorm, nn.LayerNorm, nn.Dropout,
 )  # fmt: skip
 
 
@@ -305,9 +306,9 @@ def infer(layers: Iterable[nn.Module], x: Tensor, cu_seqlens: Tensor, max_seqlen
     """Pass (n_tokens, hidden) through BertLayers on a CPU, where `can_plan` holds."""
     all_layers: list[Any] = list(layers)
     steps = ((layer, layer.plan()) for layer in all_layers)
-    for dtype, group in groupby(steps, key=lambda step: step[1] and step[1].dtype):
+    for kind, group in groupby(steps, key=lambda s: s[1] and (s[1].dtype, s[1].most_rows)):
         some, planned = zip(*group, strict=True)
-        if dtype is not None:
+        if kind is not None:
             x = run(planned, x, cu_seqlens)
             continue
         for layer in some:

@@ -15,8 +15,16 @@ from torch import Tensor, nn
 
 from fastbert.config import BertConfig
 from fastbert.files import find_checkpoint
+from fastbert.int8 import ADVICE, DESCRIPTION, MARK, check_move, exchange_linears, has_int8
 from fastbert.layers import SinusoidalPositions
-from fastbert.weights import HEADS, WEIGHTS_NAME, match_tensors, read_tensors, write_tensors
+from fastbert.weights import (
+    HEADS,
+    INT8_NAME,
+    WEIGHTS_NAME,
+    match_tensors,
+    read_tensors,
+    write_tensors,
+)
 
 # Parts of names of encoders' tensors that a checkpoint may lack: then they are made afresh.
 _MAY_LACK = ("pooler.", ".crossattention.")
@@ -51,7 +59,8 @@ class BertPreTrainedModel(nn.Module):
         """A model with the weights of a folder or of a model on the Hugging Face hub, in eval mode.
 
         Reads transformers' folders (safetensors or pytorch_model.bin, in shards or whole, with or
-        without a head) and google-research/bert's TensorFlow-1 ones. config: in place of the
+        without a head), google-research/bert's TensorFlow-1 ones, and the int8 ones of `fastbert
+        quantize`, which are for float32 on a CPU and refused elsewhere. config: in place of the
         folder's. dtype: as stored when None. arguments: the constructor's
         (`add_pooling_layer=False`, `cuda_graphs=False`), and changes to the configuration
         (`num_labels=3`). ignore_mismatched_sizes: a head's weights of another shape are left out.
@@ -70,9 +79,13 @@ class BertPreTrainedModel(nn.Module):
         with torch.inference_mode(False):  # weights made in it would be of no use outside it
             with torch.device("meta"):
                 model = cls(config, **arguments)
+                if checkpoint.kind == "int8":
+                    exchange_linears(model)
             tensors = read_tensors(checkpoint)
             missing, unused = model._load(tensors, ignore_mismatched_sizes)
             model.to(device=device, dtype=dtype).eval()
+            if checkpoint.kind == "int8":
+                model.requires_grad_(False)
         if missing:
             names = dict.fromkeys(re.sub(r"\blayer\.\d+\.", "layer.*.", name) for name in missing)
             hint = "; add_pooling_layer=False leaves it out" if model.base_model is model else ""
@@ -87,18 +100,21 @@ class BertPreTrainedModel(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors, each whole or not at all.
 
-        Of tied weights one is written, the one that transformers writes too.
+        Of tied weights one is written, the one that transformers writes too. An int8 model makes
+        an int8 folder, and is refused with ValueError where there are float weights already.
         """
-        self.config.replace(
-            extra={
-                **self.config.extra,
-                "architectures": [type(self).__name__],
-                "dtype": str(self.dtype).removeprefix("torch."),
-            }
-        ).save_pretrained(folder)
+        extra = {name: value for name, value in self.config.extra.items() if name != MARK}
+        extra["architectures"] = [type(self).__name__]
+        extra["dtype"] = str(self.dtype).removeprefix("torch.")
+        file = Path(folder) / WEIGHTS_NAME
+        if has_int8(self):
+            if file.exists():
+                raise ValueError(f"int8 wants a folder of its own, got one with {file.name}")
+            extra[MARK], file = DESCRIPTION, file.with_name(INT8_NAME)
+        self.config.replace(extra=extra).save_pretrained(folder)
         tied = self._tied()
         state = {name: value for name, value in self.state_dict().items() if name not in tied}
-        write_tensors(state, Path(folder) / WEIGHTS_NAME)
+        write_tensors(state, file)
 
     def _load(
         self, tensors: dict[str, Tensor], ignore_mismatched_sizes: bool = False
@@ -166,7 +182,14 @@ class BertPreTrainedModel(nn.Module):
         if isinstance(module, nn.Linear):
             module.out_features = value.shape[0]
 
+    def train(self, mode: bool = True) -> Any:
+        if mode and has_int8(self):
+            raise ValueError(f"int8 cannot be trained: {ADVICE}")
+        return super().train(mode)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if has_int8(self):
+            check_move(fn)
         tied = self._tied()
         super()._apply(fn, recurse)
         for name, source in tied.items():  # torch makes new parameters of those it cannot move

@@ -30,9 +30,10 @@ from fastbert.batches import TokenBatches
 from fastbert.config import BertConfig
 from fastbert.examples import Examples, MissingColumn, Source, read_examples
 from fastbert.files import find_checkpoint, model_folder
+from fastbert.int8 import ADVICE, is_int8, usual_device
 from fastbert.loop import Options, fit
 from fastbert.masked import MaskedTask
-from fastbert.place import Place, chosen_device, place_of
+from fastbert.place import Place, place_of
 from fastbert.qa import QuestionTask
 from fastbert.tasks import Data, SequenceTask, Task, TokenTask, infer
 from fastbert.tokenizer import BertTokenizer
@@ -166,6 +167,8 @@ def train_task(
     with place_of(out, device, resume, overwrite, quiet) as place:
         tokenizer = BertTokenizer.from_pretrained(model)
         config = BertConfig.from_file(find_checkpoint(model, weights=False).config_file)
+        if is_int8(config):
+            raise ValueError(f"{model} cannot be trained: {ADVICE}")
         limit = min(recipe.max_length, config.max_position_embeddings)
         if task_name == "mlm":
             options.setdefault("seed", recipe.seed)
@@ -370,7 +373,8 @@ def load(folder: str | Path, device: str | None = None) -> Trained:
             f"{folder} has no {SETTINGS_NAME}: it is not a folder of fastbert train"
         ) from None
     kind = _TASKS[settings.pop("task")]
-    network = kind.head.from_pretrained(path, device=chosen_device(device))
+    config = BertConfig.from_pretrained(path)
+    network = kind.head.from_pretrained(path, device=device or usual_device(config))
     has_labels = kind in (SequenceTask, TokenTask)
     labels = list(network.config.id2label.values()) if has_labels else None
     task = kind(BertTokenizer.from_pretrained(path), labels=labels, **settings)

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastbert.files import Checkpoint, write_atomically
 
 WEIGHTS_NAME = "model.safetensors"
+INT8_NAME = "model.int8.safetensors"  # what fastbert.int8 reads
 PREFIX = "bert."
 # Tensors that belong to a head on top of the encoder, not to the encoder.
 HEADS = ("cls.", "classifier.", "qa_outputs.")
@@ -62,7 +63,7 @@ def read_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
         return from_tensorflow({n: torch.from_numpy(v) for n, v in variables.items()})
     tensors: dict[str, Tensor] = {}
     for path in checkpoint.weight_files:
-        tensors.update(_read_file(path, checkpoint.kind == "safetensors"))
+        tensors.update(_read_file(path, checkpoint.kind != "pytorch"))
     tensors = {_rename(name, _LEGACY_NAMES): value for name, value in tensors.items()}
     # A buffer that versions of transformers before 4.31 saved.
     return {n: v for n, v in tensors.items() if not n.endswith("embeddings.position_ids")}
