@@ -343,12 +343,19 @@ class TokenTask(Task):
     parts = ("words", "tags")
     metric = "f1"
 
+    def __init__(self, tokenizer: BertTokenizer, **options: Any) -> None:
+        super().__init__(tokenizer, **options)
+        self._choose_metric()
+
     def fit_labels(self, examples: Examples) -> None:
         if self.labels is None:
             tags = {label_name(t, examples.names) for ts in examples.columns["tags"] for t in ts}
             self.labels = in_order(tags, examples.names)
-        if not any("-" in label for label in self.labels):
-            self.metric = "word_accuracy"
+        self._choose_metric()
+
+    def _choose_metric(self) -> None:
+        if self.labels is not None and not any("-" in label for label in self.labels):
+            self.metric = "word_accuracy"  # there are no entities
 
     def encode(self, examples: Examples, labelled: bool = True) -> Data:
         words = [

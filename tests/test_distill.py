@@ -278,6 +278,29 @@ def test_a_student_comes_nearer_without_labels_and_others_read_it(teacher, tmp_p
     assert fastbert.train.evaluate(out, dev) == numbers["metrics"]
 
 
+# Of words and of windows, whose labels are not of texts.
+@pytest.mark.parametrize("name, removed", [("tokens", "tags"), ("qa", "answers")])
+def test_other_tasks_learn_without_labels(fresh, tmp_path, name, removed):
+    rows, options = rows_of(name, 60), dict(lr=5e-3, batch_size=16, quiet=True)
+    learned = fastbert.train.train_task(
+        name, rows, dev=rows, model=fresh, out=tmp_path / "teacher", epochs=4, **options
+    )
+    bare = [{part: value for part, value in row.items() if part != removed} for row in rows]
+    numbers = fastbert.train.distill(
+        bare, teacher=tmp_path / "teacher", student="1x32", dev=rows, out=tmp_path / "out",
+        epochs=4, log_every=1, **options,
+    )  # fmt: skip
+    metric = {"tokens": "word_accuracy", "qa": "f1"}[name]  # tags that are no entities
+    assert numbers["teacher"]["metrics"][metric] == learned["metrics"][metric]
+    assert numbers["history"][-1]["logits_loss"] < 0.5 * numbers["history"][0]["logits_loss"]
+    with_labels = fastbert.train.distill(
+        rows, teacher=tmp_path / "teacher", student="1x32", out=tmp_path / "more", epochs=1,
+        **options,
+    )  # fmt: skip
+    assert with_labels["history"][-1]["labels_loss"] > 0
+    assert len(fastbert.train.predict(tmp_path / "out", bare)) == 60
+
+
 def test_a_stopped_run_goes_on_to_the_same_weights(teacher, tmp_path, monkeypatch):
     rows, dev = rows_of("classify", 120), rows_of("classify", 20, seed=1)
     options = dict(
