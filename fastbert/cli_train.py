@@ -103,8 +103,8 @@ def _add_distill(tasks: Any) -> None:
     )  # fmt: skip
     _add_files(task)
     task.add_argument(
-        "--hidden", type=float, default=1.0, metavar="X",
-        help="the weight of the hidden states; 0: logits only (default: 1)",
+        "--hidden", type=float, default=0.1, metavar="X",
+        help="the weight of the hidden states; 0: logits only (default: 0.1)",
     )  # fmt: skip
     task.add_argument(
         "--teaching", type=float, default=0.5, metavar="X",

@@ -7,6 +7,11 @@ et al. 2015, "Distilling the knowledge in a neural network"), and the teacher's 
 every token, embeddings included, at evenly spaced layers (Sun et al. 2019, "Patient knowledge
 distillation"), through a linear map where the student is not as wide (Jiao et al. 2020,
 "TinyBERT").
+
+Measured once, MiniLM-L6 (85.7%) to `tiny` on SST-2's 6,920 sentences, the best of 3 epochs on the
+872 of dev, whose standard error is 1.3 points. Labels alone: 79.4%, with the teacher's embeddings
+to start from 80.4%. With the logits too: 82.1%. With hidden states of weight 0.1 too: 81.7%; of
+weight 1: 82.1%, and 80.6% without the embeddings, but both had learned nothing in the first epoch.
 """
 
 from __future__ import annotations
@@ -50,7 +55,7 @@ def distill(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-    hidden: float = 1.0,
+    hidden: float = 0.1,
     teaching: float = 0.5,
     temperature: float = 2.0,
     **options: Any,
@@ -83,7 +88,7 @@ def distill(
                 f"{teacher} was trained for {task.name}"
             )
         torch.manual_seed(recipe.seed)  # the student's first weights
-        small = make_student(str(student), task, large, place.device)
+        small, lr = make_student(str(student), task, large, place.device)
         longest = small.config.max_position_embeddings
         task.max_length = min(recipe.max_length, task.max_length, longest)
 
@@ -108,7 +113,7 @@ def distill(
             Student(small, large, hidden > 0),
             recipe,
             place,
-            lr=recipe.lr or usual_lr(small),
+            lr=recipe.lr or lr or usual_lr(small),
             settings={
                 "teacher": str(teacher),
                 "student": str(student),
