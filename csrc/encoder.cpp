@@ -86,16 +86,17 @@ bool Encoder::take(const Text& text, const Reading& reading) {
 }
 
 const std::vector<size_t>& Encoder::encode_taken(const Frame& frame, Tokens& out) {
+  token_ends_.clear();
+  if (n_taken_ == 0) return token_ends_;
   out_ = &out;
   limit_ = std::numeric_limits<size_t>::max();
   reading_ = {};
   frame_ = frame;
-  token_ends_.clear();
   readable_end_ = copy_.data() + copy_.size();
   if (frame.has_specials) out.ids.push_back(frame.cls_id);
   text_begin_ = out.ids.size();
   scan_chunk<false>(taken_.data(), n_taken_, true, 0);
-  out.ids.resize(token_ends_.empty() ? text_begin_ - frame.has_specials : token_ends_.back());
+  out.ids.resize(token_ends_.back());
   n_taken_ = 0;
   text_ends_.assign(1, kNoEnd);
   return token_ends_;

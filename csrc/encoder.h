@@ -62,7 +62,7 @@ class Encoder {
   // Short texts are encoded many at once, so that what is done for each chunk, and the time until
   // memory comes, is shared. Takes a text of at most kShort bytes for encode_taken(), where one
   // has_room() for it; false if it must be encoded alone, since added tokens may be in it.
-  static constexpr size_t kShort = 512;
+  static constexpr size_t kShort = 512;  // where they are; in UTF-8 at most three times as many
   bool has_room() const { return n_taken_ + 3 * kShort < kChunk; }
   bool take(const Text& text, const Reading& reading);
 
