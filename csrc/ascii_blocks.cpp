@@ -30,18 +30,18 @@ uint64_t gather(const uint8_t* flags) {
 // Loops over bytes that compilers turn into whatever vectors the target has.
 struct Plain {
   static void block(const char* text, bool lower, char* copy, Block& block) {
-    uint8_t boundary[kBlock], other[kBlock];
+    uint8_t boundary[kBlock], other[kBlock], space[kBlock];
     for (size_t i = 0; i < kBlock; ++i) {
       const auto c = static_cast<uint8_t>(text[i]);
       const bool upper = static_cast<uint8_t>(c - 'A') < 26;
       const bool word =
           (static_cast<uint8_t>((c | 0x20) - 'a') < 26) | (static_cast<uint8_t>(c - '0') < 10);
-      const bool space = (c == '\t') | (c == '\n') | (c == '\r');
-      other[i] = (c >= 0x7F) | ((c < 0x20) & !space);
+      space[i] = (c == ' ') | (c == '\t') | (c == '\n') | (c == '\r');
+      other[i] = (c >= 0x7F) | ((c < 0x20) & !space[i]);
       boundary[i] = !(word | other[i]);
       copy[i] = static_cast<char>(c | (lower & upper) << 5);
     }
-    block = {gather(boundary), gather(other)};
+    block = {gather(boundary), gather(other), gather(space)};
   }
 };
 
@@ -56,13 +56,14 @@ struct Avx2 {
   }
 
   [[gnu::target("avx2")]] static void half(const char* text, __m256i case_bit, char* copy,
-                                           uint32_t& boundary, uint32_t& other) {
+                                           uint32_t& boundary, uint32_t& other, uint32_t& white) {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(text));
     const __m256i letter = at_most(_mm256_sub_epi8(either(v, all(0x20)), all('a')), 25);
     const __m256i digit = at_most(_mm256_sub_epi8(v, all('0')), 9);
     const __m256i upper = at_most(_mm256_sub_epi8(v, all('A')), 25);
-    const __m256i space = either(_mm256_cmpeq_epi8(v, all('\r')),
-                                 at_most(_mm256_sub_epi8(v, all('\t')), 1));  // \t and \n
+    const __m256i space =
+        either(either(_mm256_cmpeq_epi8(v, all(' ')), _mm256_cmpeq_epi8(v, all('\r'))),
+               at_most(_mm256_sub_epi8(v, all('\t')), 1));  // \t and \n
     const __m256i removed =
         either(_mm256_andnot_si256(space, at_most(v, 0x1F)), _mm256_cmpeq_epi8(v, all(0x7F)));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(copy),
@@ -70,16 +71,18 @@ struct Avx2 {
     // The highest bit of a byte that is not ASCII is set.
     other = static_cast<uint32_t>(_mm256_movemask_epi8(either(v, removed)));
     boundary = ~(other | static_cast<uint32_t>(_mm256_movemask_epi8(either(letter, digit))));
+    white = static_cast<uint32_t>(_mm256_movemask_epi8(space));
   }
 
   [[gnu::target("avx2")]] static void block(const char* text, bool lower, char* copy,
                                             Block& block) {
     const __m256i case_bit = _mm256_set1_epi8(lower ? 0x20 : 0);
-    uint32_t boundary[2], other[2];
-    half(text, case_bit, copy, boundary[0], other[0]);
-    half(text + 32, case_bit, copy + 32, boundary[1], other[1]);
+    uint32_t boundary[2], other[2], space[2];
+    half(text, case_bit, copy, boundary[0], other[0], space[0]);
+    half(text + 32, case_bit, copy + 32, boundary[1], other[1], space[1]);
     block = {boundary[0] | static_cast<uint64_t>(boundary[1]) << 32,
-             other[0] | static_cast<uint64_t>(other[1]) << 32};
+             other[0] | static_cast<uint64_t>(other[1]) << 32,
+             space[0] | static_cast<uint64_t>(space[1]) << 32};
   }
 };
 
@@ -94,11 +97,12 @@ struct Avx512 {
                                                         Block& block) {
     const __m512i v = _mm512_loadu_si512(text);
     const __mmask64 word = within(_mm512_or_si512(v, all(0x20)), 'a', 25) | within(v, '0', 9);
-    const __mmask64 space = within(v, '\t', 1) | _mm512_cmpeq_epi8_mask(v, all('\r'));
+    const __mmask64 space = within(v, '\t', 1) | _mm512_cmpeq_epi8_mask(v, all('\r')) |
+                            _mm512_cmpeq_epi8_mask(v, all(' '));
     const __mmask64 plain = within(v, ' ', 0x7E - ' ') | space;
     const __mmask64 upper = lower ? within(v, 'A', 25) : 0;
     _mm512_storeu_si512(copy, _mm512_mask_add_epi8(v, upper, v, all(0x20)));
-    block = {plain & ~word, ~plain};
+    block = {plain & ~word, ~plain, space};
   }
 };
 #endif

@@ -8,14 +8,15 @@ namespace fastbert {
 
 constexpr size_t kBlock = 64;
 
-// Bit i is about byte i. No bit in either: an ASCII letter or digit.
+// Bit i is about byte i. No bit in the first two: an ASCII letter or digit.
 struct Block {
   uint64_t boundary;  // ASCII white space or punctuation
   uint64_t other;     // not ASCII, or a control character, which is removed
+  uint64_t space;     // ASCII white space
 };
 
 // Looks at the `size` bytes of `text` in size / 64 + 1 blocks. What follows them in the last one
-// counts as one boundary, then nothing. Copies the text to `copy`, ASCII in lower case if `lower`,
+// counts as one space, then nothing. Copies the text to `copy`, ASCII in lower case if `lower`,
 // and spaces behind it, up to the end of the last block.
 using Classify = void (*)(const char* text, size_t size, bool lower, char* copy, Block* blocks);
 

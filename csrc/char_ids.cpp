@@ -17,7 +17,8 @@ int32_t CharIds::find(char32_t c) const {
   if (relevant & kRemoved) return kInRun;
   if (relevant & kSpace) return kSeparator;
   const bool alone = (relevant & kCjk) || (flags & kPunctuation);
-  if (!alone || (relevant & ~(kCjk | kPunctuation))) return kInRun;
+  if (!alone) return relevant == 0 ? kAsIs : kInRun;
+  if (relevant & ~(kCjk | kPunctuation)) return kInRun;
   std::string word;
   append_utf8(c, word);
   Ints ids;

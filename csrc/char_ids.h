@@ -14,8 +14,11 @@ namespace fastbert {
 // by one, since nothing that stands alone combines with a neighbour.
 class CharIds {
  public:
-  static constexpr int32_t kInRun = -1;
-  static constexpr int32_t kSeparator = -2;
+  static constexpr int32_t kSeparator = -1;
+  static constexpr int32_t kInRun = -2;
+  static constexpr int32_t kAsIs = -3;  // in a run, and left as it is where that is normalised
+
+  static bool is_in_run(int32_t id) { return id <= kInRun; }
 
   CharIds(const Normalizer& normalizer, const WordPiece& pieces);
 

@@ -15,34 +15,17 @@ namespace {
 constexpr size_t kLog2Sets = 15, kLog2LongSets = 12;
 constexpr size_t kKeepBytes = 1 << 20;  // of a buffer that one large text has made grow
 
-std::vector<AddedToken> raw_ones(std::vector<AddedToken> tokens) {
-  const auto normalized = [](const AddedToken& token) { return token.normalized; };
-  tokens.erase(std::remove_if(tokens.begin(), tokens.end(), normalized), tokens.end());
-  return tokens;
-}
-
-std::vector<AddedToken> normalized_ones(const std::vector<AddedToken>& tokens,
-                                        const Normalizer& normalizer) {
-  std::vector<AddedToken> result;
-  Normalized content;
-  for (const AddedToken& token : tokens) {
-    if (!token.normalized) continue;
-    result.push_back(token);
-    normalizer.normalize(token.content, content);
-    result.back().content = content.text;
-  }
-  return result;
-}
-
-int count_trailing_zeros(uint64_t bits) {
+size_t count_trailing_zeros(uint64_t bits) {
 #if defined(__GNUC__)
-  return __builtin_ctzll(bits);
+  return static_cast<size_t>(__builtin_ctzll(bits));
 #else
-  int n = 0;
+  size_t n = 0;
   for (; (bits & 1) == 0; bits >>= 1) ++n;
   return n;
 #endif
 }
+
+size_t count_trailing_ones(uint64_t bits) { return ~bits == 0 ? 64 : count_trailing_zeros(~bits); }
 
 }  // namespace
 
@@ -58,24 +41,11 @@ void Tokens::cut(size_t n) {
   while (!matched.empty() && matched.back().first >= n) matched.pop_back();
 }
 
-Knowledge::Knowledge(std::shared_ptr<const WordPiece> pieces_, const Normalizer& normalizer_,
-                     const std::vector<AddedToken>& added)
-    : pieces(std::move(pieces_)),
-      normalizer(normalizer_),
-      raw_added(raw_ones(added)),
-      normalized_added(normalized_ones(added, normalizer)),
-      char_ids(normalizer, *pieces) {
-  for (char32_t c = 0; c < 128; ++c) {
-    const int32_t id = char_ids[c];
-    ascii_ids[c] = std::max(id, 0);
-    ascii_count[c] = id >= 0;
-  }
-}
-
 Encoder::Encoder(const Knowledge& knowledge)
     : know_(knowledge),
       short_words_(kLog2Sets),
       long_words_(kLog2LongSets),
+      taken_(kChunk),
       copy_(kChunk + kBlock + LongWord::kMaxSize),
       blocks_(kChunk / kBlock + 1),
       found_(kBlocksAtOnce * kBlock) {}
@@ -100,6 +70,48 @@ void Encoder::encode(const Text* texts, size_t n, bool is_split, size_t limit,
     if (utf8_.size() > kKeepBytes) std::string().swap(utf8_);
   }
   if (out.ids.size() > limit_) out.cut(limit_);
+}
+
+bool Encoder::take(const Text& text, const Reading& reading) {
+  if (!know_.normalized_added.empty()) return false;
+  const std::string_view utf8 = to_utf8(text, reading.replace, utf8_);
+  know_.raw_added.find(utf8, !reading.split_special_tokens, raw_matches_);
+  if (!raw_matches_.empty()) return false;
+  std::copy(utf8.begin(), utf8.end(), taken_.begin() + static_cast<ptrdiff_t>(n_taken_));
+  n_taken_ += utf8.size();
+  text_ends_.back() = static_cast<uint32_t>(n_taken_);
+  text_ends_.push_back(kNoEnd);
+  taken_[n_taken_++] = ' ';
+  return true;
+}
+
+const std::vector<size_t>& Encoder::encode_taken(const Frame& frame, Tokens& out) {
+  token_ends_.clear();
+  if (n_taken_ == 0) return token_ends_;
+  out_ = &out;
+  limit_ = std::numeric_limits<size_t>::max();
+  reading_ = {};
+  frame_ = frame;
+  readable_end_ = copy_.data() + copy_.size();
+  if (frame.has_specials) out.ids.push_back(frame.cls_id);
+  text_begin_ = out.ids.size();
+  scan_chunk<false>(taken_.data(), n_taken_, true, 0);
+  out.ids.resize(token_ends_.back());
+  n_taken_ = 0;
+  text_ends_.assign(1, kNoEnd);
+  return token_ends_;
+}
+
+// Of the texts taken, the one at hand has had its tokens; gives the number with those around them.
+size_t Encoder::end_text(size_t n_tokens) {
+  if (n_tokens - text_begin_ > frame_.limit) n_tokens = text_begin_ + frame_.limit;
+  out_->ids[n_tokens] = frame_.sep_id;
+  n_tokens += frame_.has_specials;
+  token_ends_.push_back(n_tokens);
+  out_->ids[n_tokens] = frame_.cls_id;  // of the next text
+  n_tokens += frame_.has_specials;
+  text_begin_ = n_tokens;
+  return n_tokens;
 }
 
 void Encoder::add_text(std::string_view text) {
@@ -200,6 +212,12 @@ void Encoder::add_span(int32_t begin, int32_t end) {
   out_->words.push_back(next_word_);
 }
 
+void Encoder::set_span(size_t token, int32_t begin, int32_t end) {
+  out_->spans[2 * token] = begin;
+  out_->spans[2 * token + 1] = end;
+  out_->words[token] = next_word_;
+}
+
 void Encoder::make_room(size_t n_tokens, bool details) {
   out_->ids.resize(n_tokens);
   if (!details) return;
@@ -217,13 +235,14 @@ void Encoder::scan(std::string_view text) {
     size_t done = scan_chunk<kDetails>(text.data() + at, size, is_last, static_cast<int32_t>(at));
     if (done == 0) {  // one run is longer than a chunk
       const auto ends_run = [this](char c) {
-        return is_ascii(c) && know_.char_ids[static_cast<unsigned char>(c)] != CharIds::kInRun;
+        return is_ascii(c) && !CharIds::is_in_run(know_.char_ids[static_cast<unsigned char>(c)]);
       };
       const char* const begin = text.data() + at;
       const char* const end = text.data() + text.size();
       done = static_cast<size_t>(std::find_if(begin, end, ends_run) - begin);
       readable_end_ = text.data() + text.size();
-      add_run<kDetails>(text.data() + at, done, first_char_ + static_cast<int32_t>(at) - n_tails_);
+      add_run<kDetails>(text.data() + at, done, false,
+                        first_char_ + static_cast<int32_t>(at) - n_tails_);
     }
     at += done;
   }
@@ -240,9 +259,12 @@ size_t Encoder::scan_chunk(const char* text, size_t size, bool is_last, int32_t 
     return first_char_ + offset + static_cast<int32_t>(byte) - n_tails_;
   };
   size_t n_tokens = out_->ids.size();
-  size_t begin = 0;    // of the run at hand
-  bool dirty = false;  // whether it has had other characters in the blocks before
-  make_room(n_tokens + size + kSlack, kDetails);
+  size_t begin = 0;             // of the run at hand
+  uint64_t after_boundary = 1;  // bit 0: whether the block at hand is behind a boundary
+  bool dirty = false;           // whether it has had other characters in the blocks before
+  const size_t room = size + text_ends_.size() + kSlack;
+  make_room(n_tokens + room, kDetails);
+  const uint32_t* text_end = text_ends_.data();
   // Here, since the compiler cannot know that writing tokens leaves members as they are.
   const char* const copy = copy_.data();
   const int32_t* const ascii_ids = know_.ascii_ids;
@@ -252,10 +274,14 @@ size_t Encoder::scan_chunk(const char* text, size_t size, bool is_last, int32_t 
     // All words of some blocks are looked up before the first is used: the memory has time to come.
     Found* found = found_.data();
     for (size_t i = first; i < std::min(first + kBlocksAtOnce, n_blocks); ++i) {
-      uint64_t boundary = blocks_[i].boundary;
+      // White space behind a boundary ends no word, and there is nothing to be done about it.
+      const uint64_t idle = blocks_[i].space & (blocks_[i].boundary << 1 | after_boundary);
+      after_boundary = blocks_[i].boundary >> 63;
+      begin += count_trailing_ones(idle);
+      uint64_t boundary = blocks_[i].boundary & ~idle;
       uint64_t other = blocks_[i].other;
       for (; boundary != 0; boundary &= boundary - 1) {
-        const size_t end = i * kBlock + static_cast<size_t>(count_trailing_zeros(boundary));
+        const size_t end = i * kBlock + count_trailing_zeros(boundary);
         const uint64_t before = (boundary & -boundary) - 1;  // the bits below the lowest one
         dirty |= (other & before) != 0;
         other &= ~before;
@@ -271,11 +297,12 @@ size_t Encoder::scan_chunk(const char* text, size_t size, bool is_last, int32_t 
         }
         ++found;
         dirty = false;
-        begin = end + 1;
+        begin = i * kBlock + count_trailing_ones(idle | before | (before + 1));
       }
       dirty |= other != 0;
     }
     for (const Found* word = found_.data(); word != found; ++word) {
+      for (; word->begin > *text_end; ++text_end) n_tokens = end_text(n_tokens);
       const size_t end = word->begin + word->length;
       if (word->length != 0) {
         // Of what is normalised no spans are known.
@@ -288,9 +315,7 @@ size_t Encoder::scan_chunk(const char* text, size_t size, bool is_last, int32_t 
             int32_t from = char_of(word->begin);
             for (size_t piece = 0; piece < known->n_pieces; ++piece) {
               const int32_t to = char_of(word->begin) + known->ends[piece];
-              out_->spans[2 * (n_tokens + piece)] = from;
-              out_->spans[2 * (n_tokens + piece) + 1] = to;
-              out_->words[n_tokens + piece] = next_word_;
+              set_span(n_tokens + piece, from, to);
               from = to;
             }
             next_word_ += word_step_;
@@ -298,79 +323,91 @@ size_t Encoder::scan_chunk(const char* text, size_t size, bool is_last, int32_t 
           n_tokens += known->n_pieces;
         } else {
           make_room(n_tokens, kDetails);
+          const bool is_new = can_know && known == nullptr;
           if (word->is_plain) {
-            add_part<kDetails>(copy + word->begin, word->length, true, char_of(word->begin));
+            add_part<kDetails>(copy + word->begin, word->length, true, is_new,
+                               char_of(word->begin));
           } else {
-            add_run<kDetails>(copy + word->begin, word->length, char_of(word->begin));
+            add_run<kDetails>(copy + word->begin, word->length, is_new, char_of(word->begin));
           }
           n_tokens = out_->ids.size();
-          make_room(n_tokens + (size - end) + kSlack, kDetails);
+          make_room(n_tokens + room - end, kDetails);
           ids = out_->ids.data();
         }
       }
       const auto c = static_cast<unsigned char>(copy[end]);
       ids[n_tokens] = ascii_ids[c];
       if (kDetails && ascii_count[c] != 0) {
-        out_->spans[2 * n_tokens] = char_of(end);
-        out_->spans[2 * n_tokens + 1] = char_of(end) + 1;
-        out_->words[n_tokens] = next_word_;
+        set_span(n_tokens, char_of(end), char_of(end) + 1);
         next_word_ += word_step_;
       }
       n_tokens += ascii_count[c];
     }
   }
+  for (; *text_end != kNoEnd; ++text_end) n_tokens = end_text(n_tokens);
   make_room(n_tokens, kDetails);
   return is_last ? size : begin;
 }
 
-// A run of text with more than ASCII letters and digits in it.
+// A run of text with more than ASCII letters and digits in it. is_new: no cache holds it.
 template <bool kDetails>
-void Encoder::add_run(const char* text, size_t size, int32_t begin_char) {
-  if (!kDetails && can_remember(text, size) && add_known<kDetails>(text, size, begin_char)) return;
+void Encoder::add_run(const char* text, size_t size, bool is_new, int32_t begin_char) {
+  if (!kDetails && !is_new && can_remember(text, size)) {
+    if (add_known<kDetails>(text, size, begin_char)) return;
+    is_new = true;
+  }
   const CharIds& char_ids = know_.char_ids;
   const char* const end = text + size;
   const char* part = text;  // begins after the last character that stands alone
   bool is_plain = true;     // what is of the part so far
-  // Only a run that is longer than a chunk still has capitals then: it was not copied.
-  const bool lowers = know_.normalizer.lowers_ascii();
   int32_t part_char = begin_char;
   int32_t at_char = begin_char;
-  for (const char* p = text; p != end && out_->ids.size() < limit_;) {
+  size_t n_tokens = out_->ids.size();
+  make_room(n_tokens + size, kDetails);
+  int32_t* ids = out_->ids.data();
+  const auto add_until = [&](const char* part_end) {
+    make_room(n_tokens, kDetails);
+    const auto part_size = static_cast<size_t>(part_end - part);
+    add_part<kDetails>(part, part_size, is_plain, is_new && part_size == size, part_char);
+    n_tokens = out_->ids.size();
+    make_room(n_tokens + static_cast<size_t>(end - part_end), kDetails);
+    ids = out_->ids.data();
+  };
+  for (const char* p = text; p != end && n_tokens < limit_;) {
     const Decoded decoded = decode_utf8(p);
     const int32_t id = char_ids[decoded.c];
-    if (id == CharIds::kInRun) {
-      const bool is_capital = decoded.c >= 'A' && decoded.c <= 'Z';
-      is_plain &= decoded.c < 0x7F && decoded.c >= ' ' && !(lowers && is_capital);
+    if (CharIds::is_in_run(id)) {
+      // Spans of plain text are counted in bytes.
+      is_plain &= id == CharIds::kAsIs && (!kDetails || decoded.size == 1);
     } else {
-      if (p != part) {
-        add_part<kDetails>(part, static_cast<size_t>(p - part), is_plain, part_char);
-      }
+      if (p != part) add_until(p);
       part = p + decoded.size;
       part_char = at_char + 1;
       is_plain = true;
       if (id != CharIds::kSeparator) {
-        out_->ids.push_back(id);
+        ids[n_tokens] = id;
         if (kDetails) {
-          add_span(at_char, at_char + 1);
+          set_span(n_tokens, at_char, at_char + 1);
           next_word_ += word_step_;
         }
+        ++n_tokens;
       }
     }
     p += decoded.size;
     ++at_char;
   }
-  if (part != end && out_->ids.size() < limit_) {
-    add_part<kDetails>(part, static_cast<size_t>(end - part), is_plain, part_char);
-  }
+  if (part != end && n_tokens < limit_) add_until(end);
+  make_room(n_tokens, kDetails);
   if (kDetails) n_tails_ += static_cast<int32_t>(size - count_chars({text, size}));
 }
 
-// What is left of a run between characters that stand alone. is_plain: ASCII letters and digits.
+// What is left of a run between characters that stand alone. is_plain: it is a word as it is.
 template <bool kDetails>
-void Encoder::add_part(const char* text, size_t size, bool is_plain, int32_t begin_char) {
+void Encoder::add_part(const char* text, size_t size, bool is_plain, bool is_new,
+                       int32_t begin_char) {
   // Spans of what is normalised follow no simple rule, so that they are not kept.
   const bool remembers = (is_plain || !kDetails) && can_remember(text, size);
-  if (remembers && add_known<kDetails>(text, size, begin_char)) return;
+  if (remembers && !is_new && add_known<kDetails>(text, size, begin_char)) return;
   const size_t n_before = out_->ids.size();
   ends_.clear();
   if (is_plain) {

@@ -3,20 +3,16 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
-#include "added_tokens.h"
 #include "ascii_blocks.h"
-#include "char_ids.h"
 #include "ints.h"
-#include "normalizer.h"
+#include "knowledge.h"
 #include "text.h"
 #include "word_cache.h"
-#include "wordpiece.h"
 
 namespace fastbert {
 
@@ -33,26 +29,18 @@ struct Tokens {
   void cut(size_t n);
 };
 
-// What a tokenizer knows; it never changes.
-struct Knowledge {
-  Knowledge(std::shared_ptr<const WordPiece> pieces, const Normalizer& normalizer,
-            const std::vector<AddedToken>& added);
-
-  std::shared_ptr<const WordPiece> pieces;
-  Normalizer normalizer;
-  AddedTokens raw_added;         // found in the text as it is
-  AddedTokens normalized_added;  // found in the normalised text
-  CharIds char_ids;
-  int32_t ascii_ids[128];    // of punctuation, 0 for the others
-  uint8_t ascii_count[128];  // 1 for punctuation, 0 for the others
-  Classify classify = best_classify();
-};
-
 // How texts are read.
 struct Reading {
   bool split_special_tokens = false;  // take special tokens in a text for plain text
   bool details = false;
   bool replace = false;  // bytes that are not UTF-8, by U+FFFD; else they are refused
+};
+
+// The tokens around each of many texts, and how many of its own it may have.
+struct Frame {
+  bool has_specials;
+  int32_t cls_id, sep_id;
+  size_t limit;
 };
 
 // One thread's buffers, and the words that it has met.
@@ -70,6 +58,17 @@ class Encoder {
   // single one; stops where there are `limit`.
   void encode(const Text* texts, size_t n, bool is_split, size_t limit, const Reading& reading,
               Tokens& out);
+
+  // Short texts are encoded many at once, so that what is done for each chunk, and the time until
+  // memory comes, is shared. Takes a text of at most kShort bytes for encode_taken(), where one
+  // has_room() for it; false if it must be encoded alone, since added tokens may be in it.
+  static constexpr size_t kShort = 512;  // where they are; in UTF-8 at most three times as many
+  bool has_room() const { return n_taken_ + 3 * kShort < kChunk; }
+  bool take(const Text& text, const Reading& reading);
+
+  // Appends the tokens of the texts taken, without details, and forgets the texts. Gives where the
+  // tokens of each end in `out`, specials included.
+  const std::vector<size_t>& encode_taken(const Frame& frame, Tokens& out);
 
  private:
   static constexpr size_t kChunk = 8192;  // bytes that are classified at once
@@ -93,15 +92,17 @@ class Encoder {
   void scan(std::string_view text);
   template <bool kDetails>
   size_t scan_chunk(const char* text, size_t size, bool is_last, int32_t offset);
+  size_t end_text(size_t n_tokens);
   template <bool kDetails>
-  void add_run(const char* text, size_t size, int32_t begin_char);
+  void add_run(const char* text, size_t size, bool is_new, int32_t begin_char);
   template <bool kDetails>
-  void add_part(const char* text, size_t size, bool is_plain, int32_t begin_char);
+  void add_part(const char* text, size_t size, bool is_plain, bool is_new, int32_t begin_char);
   bool can_remember(const char* text, size_t size) const;
   template <bool kDetails>
   bool add_known(const char* text, size_t size, int32_t begin_char);
   void remember(const char* text, size_t size, size_t n_before, bool is_plain);
   void add_span(int32_t begin, int32_t end);
+  void set_span(size_t token, int32_t begin, int32_t end);
   template <class End>
   void add_spans(const End* ends, size_t n, int32_t begin_char);
   void add_normalized_span(size_t begin, size_t end, int32_t begin_char);
@@ -119,6 +120,15 @@ class Encoder {
   int32_t word_step_ = 1;
   int32_t first_char_ = 0;  // of the part of the text at hand; kept up with details only
   int32_t n_tails_ = 0;     // bytes of that part, so far, that are no character's first
+
+  // Of the texts taken, a space behind each.
+  static constexpr uint32_t kNoEnd = UINT32_MAX;
+  std::vector<char> taken_;
+  size_t n_taken_ = 0;                       // bytes
+  std::vector<uint32_t> text_ends_{kNoEnd};  // where they end in taken_; kNoEnd is the last
+  std::vector<size_t> token_ends_;
+  Frame frame_{};
+  size_t text_begin_ = 0;  // the first token of the text at hand
 
   std::string utf8_;
   std::vector<AddedTokens::Match> raw_matches_, normalized_matches_;

@@ -1,5 +1,6 @@
 #include "text.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "unicode.h"
@@ -9,28 +10,49 @@ namespace {
 
 constexpr char32_t kReplacement = 0xFFFD;
 
+// The same as put_utf8, without branches that mixed text would make slow; may write kMost bytes.
+template <class Unit>
+char* put_unit(Unit unit, char* out) {
+  const char32_t c = unit;
+  if (sizeof(Unit) == 4 && c >= 0x10000) return put_utf8(c, out);
+  const bool is_long = c >= 0x80, is_longer = c >= 0x800;
+  const char32_t last = 0x80 | (c & 0x3F);
+  out[0] = static_cast<char>(is_longer ? 0xE0 | c >> 12 : is_long ? 0xC0 | c >> 6 : c);
+  out[1] = static_cast<char>(is_longer ? 0x80 | (c >> 6 & 0x3F) : last);
+  if (sizeof(Unit) > 1) out[2] = static_cast<char>(last);
+  return out + 1 + is_long + is_longer;
+}
+
 template <class Unit>
 std::string_view transcode(const Unit* units, size_t size, std::string& buffer) {
   // Bytes that one code unit can take.
   constexpr size_t kMost = sizeof(Unit) + 1 - (sizeof(Unit) == 4);
   if (buffer.size() < kMost * size) buffer.resize(kMost * size);
+  const auto is_surrogate = [](Unit unit) {
+    return sizeof(Unit) > 1 && unit >> 11 == 0xD800 >> 11;
+  };
   char* out = buffer.data();
+  bool valid = true;
+  const auto put = [&](Unit unit) {
+    valid &= !is_surrogate(unit);
+    out = put_unit(unit, out);
+  };
   constexpr size_t kAtOnce = 16;  // few enough for ASCII between other characters
-  for (size_t i = 0; i < size; ++i) {
-    while (i + kAtOnce < size) {
-      Unit all = 0;
-      for (size_t j = 0; j < kAtOnce; ++j) all |= units[i + j];
-      if (all >= 0x80) break;
+  size_t i = 0;
+  for (; i + kAtOnce <= size; i += kAtOnce) {
+    Unit all = 0;
+    for (size_t j = 0; j < kAtOnce; ++j) all |= units[i + j];
+    if (all < 0x80) {
       for (size_t j = 0; j < kAtOnce; ++j) out[j] = static_cast<char>(units[i + j]);
-      i += kAtOnce;
       out += kAtOnce;
+    } else {
+      for (size_t j = 0; j < kAtOnce; ++j) put(units[i + j]);
     }
-    const char32_t c = units[i];
-    if (sizeof(Unit) > 1 && c >= 0xD800 && c < 0xE000) {
-      throw LoneSurrogate("must be valid Unicode, got a lone surrogate at character " +
-                          std::to_string(i));
-    }
-    out = put_utf8(c, out);
+  }
+  for (; i < size; ++i) put(units[i]);
+  if (!valid) {
+    throw LoneSurrogate("must be valid Unicode, got a lone surrogate at character " +
+                        std::to_string(std::find_if(units, units + size, is_surrogate) - units));
   }
   return {buffer.data(), static_cast<size_t>(out - buffer.data())};
 }

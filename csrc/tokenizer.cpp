@@ -39,6 +39,8 @@ class Tokenizer::Worker {
     part_ = &part;
     for (size_t i = begin; i < end; ++i) {
       try {
+        if (take(batch.inputs[i], i)) continue;
+        add_taken(i);
         add(batch.inputs[i], static_cast<int32_t>(i));
       } catch (const LoneSurrogate& error) {
         throw LoneSurrogate(place(i) + error.what());
@@ -46,6 +48,7 @@ class Tokenizer::Worker {
         throw std::invalid_argument(place(i) + error.what());
       }
     }
+    add_taken(end);
   }
 
   void add_one(const Text& text, const EncodeOptions& options, Ints& ids) {
@@ -62,18 +65,48 @@ class Tokenizer::Worker {
 
   static std::string place(size_t index) { return "text " + std::to_string(index) + ": "; }
 
-  void add(const Input& input, int32_t sample) {
+  // How many tokens of its own an input may have.
+  size_t room_of(bool has_second) const {
     const size_t n_special =
-        options_->add_special_tokens ? (input.has_second ? kPairSpecials : kSingleSpecials) : 0;
+        options_->add_special_tokens ? (has_second ? kPairSpecials : kSingleSpecials) : 0;
     // HF tokenizers subtracts in unsigned numbers: below the specials there is no limit.
     const bool truncates =
         options_->truncation != Truncation::kNone && options_->max_length >= n_special;
-    const size_t room = truncates ? options_->max_length - n_special : kNoLimit;
+    return truncates ? options_->max_length - n_special : kNoLimit;
+  }
 
-    // Of a single text, tokens past the room are not looked at.
-    const bool can_stop = !options_->overflow && !options_->truncate_left &&
-                          options_->stride == 0 && options_->truncation != Truncation::kOnlySecond;
-    if (!input.has_second && (!truncates || can_stop)) {
+  // Whether tokens past the room of a single text need not be looked at.
+  bool can_stop(size_t room) const {
+    return room == kNoLimit ||
+           (!options_->overflow && !options_->truncate_left && options_->stride == 0 &&
+            options_->truncation != Truncation::kOnlySecond);
+  }
+
+  // Whether input i is one of those that are encoded together with others later.
+  bool take(const Input& input, size_t i) {
+    if (input.has_second || batch_->is_split || options_->reading.details) return false;
+    const Text& text = batch_->texts[input.first.begin];
+    if (text.n_bytes() > Encoder::kShort || !can_stop(room_of(false))) return false;
+    if (!encoder_.has_room()) add_taken(i);
+    return encoder_.take(text, options_->reading);
+  }
+
+  // Encodes those, which are the ones before input `end`.
+  void add_taken(size_t end) {
+    const Frame frame{options_->add_special_tokens, cls_id_, sep_id_, room_of(false)};
+    size_t begin = part_->tokens.ids.size();
+    const std::vector<size_t>& ends = encoder_.encode_taken(frame, part_->tokens);
+    size_t sample = end - ends.size();
+    for (const size_t row_end : ends) {
+      part_->rows.push_back({begin, row_end, static_cast<int32_t>(sample++)});
+      begin = row_end;
+    }
+  }
+
+  void add(const Input& input, int32_t sample) {
+    const size_t room = room_of(input.has_second);
+    const bool truncates = room != kNoLimit;
+    if (!input.has_second && can_stop(room)) {
       begin_row(sample);
       encode(input.first, room, part_->tokens);
       end_row();

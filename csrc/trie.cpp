@@ -43,7 +43,7 @@ class Trie::Builder {
 
   void add_block() {
     const auto begin = static_cast<uint32_t>(nodes_.size());
-    if (begin + kBlock > 1U << 23) throw std::invalid_argument("too many tokens for the trie");
+    if (begin + kBlock > 1U << 22) throw std::invalid_argument("too many tokens for the trie");
     nodes_.resize(begin + kBlock);
     is_free_.resize(begin + kBlock, false);
     base_used_.resize(begin + kBlock, false);
@@ -84,11 +84,13 @@ Trie::Trie(std::vector<std::pair<std::string_view, int32_t>> entries) {
   std::vector<Family> todo{{kRoot, 0, entries.size(), 0}};
   std::vector<uint8_t> labels;
   std::vector<size_t> bounds;
+  std::vector<std::pair<uint32_t, int32_t>> found;
   while (!todo.empty()) {
     Family family = todo.back();
     todo.pop_back();
     if (family.begin != family.end && entries[family.begin].first.size() == family.depth) {
-      nodes_[family.node].value = entries[family.begin++].second;
+      nodes_[family.node].has_value = true;
+      found.emplace_back(family.node, entries[family.begin++].second);
     }
     if (family.begin == family.end) continue;
     labels.clear();
@@ -107,6 +109,8 @@ Trie::Trie(std::vector<std::pair<std::string_view, int32_t>> entries) {
       todo.push_back({base ^ labels[i], bounds[i], bounds[i + 1], family.depth + 1});
     }
   }
+  values_.resize(nodes_.size());
+  for (const auto& [node, value] : found) values_[node] = value;
 }
 
 uint32_t Trie::descend(std::string_view path) const {

@@ -29,29 +29,34 @@ class Trie {
 
   // The longest key that is `from`'s path and then the beginning of `text`; size counts in `text`.
   Match longest(std::string_view text, uint32_t from = kRoot) const {
-    Match match{-1, 0};
-    uint32_t node = from;
+    uint32_t node = from, last = kNowhere;  // of those with a value
+    size_t size = 0;
     for (size_t i = 0; i < text.size(); ++i) {
       const uint32_t byte = static_cast<unsigned char>(text[i]);
       const uint32_t child = nodes_[node].base ^ byte;
       if (nodes_[child].label != byte) break;
       node = child;
-      if (nodes_[node].value >= 0) match = {nodes_[node].value, i + 1};
+      if (nodes_[node].has_value) {
+        last = node;
+        size = i + 1;
+      }
     }
-    return match;
+    return {last == kNowhere ? -1 : values_[last], size};
   }
 
  private:
   class Builder;
 
   static constexpr uint32_t kNoLabel = 256;
+  // Small, since the time that a word takes is the time that its nodes take to come from memory.
   struct Node {
-    int32_t value = -1;
-    uint32_t base : 23;  // 0: a leaf
+    uint32_t base : 22;  // 0: a leaf
+    uint32_t has_value : 1;
     uint32_t label : 9;
-    Node() : base(0), label(kNoLabel) {}
+    Node() : base(0), has_value(0), label(kNoLabel) {}
   };
   std::vector<Node> nodes_;
+  std::vector<int32_t> values_;  // of each node
 };
 
 }  // namespace fastbert

@@ -5,6 +5,7 @@ import copy
 import ctypes
 import itertools
 import pickle
+import random
 
 import numpy as np
 import pyarrow as pa
@@ -225,6 +226,57 @@ def test_many_threads_give_the_rows_of_one(uncased):
     assert torch.equal(one.cu_seqlens, four.cu_seqlens)
     with pytest.raises(ValueError, match="only_second"):
         uncased[0].pack(texts, truncation="only_second", max_length=4, num_threads=4)
+
+
+# Short texts are read together, up to 8,192 bytes at once and in blocks of 64; long ones, and those
+# with added tokens in them, alone.
+SHORT = [*NASTY, "", "ends white \n\t ", "   begins white", "[MASK]ed", "x[SEP]", "[ MASK ]"]
+SHORT += [("ab. c  " * 20)[:n] for n in range(60, 70)] + [(" " * n + "end") for n in range(61, 66)]
+SHORT += [(c * 512)[:n] for c in ("a ", "\u65e5") for n in (170, 171, 256, 257, 511, 512)]
+SHORT += ["\u00e9" * 512, "\u00e9 " * 257, "\U0001f600" * 128, "\U0001f600 " * 65]
+
+
+def test_short_texts_between_others(uncased):
+    """Each has the tokens that it has alone, in any order, and cut."""
+    ours, theirs = uncased
+    texts = random.Random(0).sample(SHORT, len(SHORT)) * 3
+    texts[len(SHORT) :: 7] = [""] * len(texts[len(SHORT) :: 7])
+    for options in (
+        {"truncation": True, "max_length": 512},
+        {"truncation": "only_first", "max_length": 5},
+        {"truncation": True, "max_length": 3, "add_special_tokens": False},
+        {"truncation": True, "max_length": 2},
+        {"add_special_tokens": False},
+        {"truncation": True, "max_length": 4, "return_overflowing_tokens": True},
+        {"truncation": True, "max_length": 6, "stride": 1},
+    ):
+        expected = theirs(texts, **options)["input_ids"]
+        assert ours(texts, **options)["input_ids"] == expected, options
+    batch = ours.pack(texts, max_length=7, num_threads=1)
+    expected = theirs(texts, truncation=True, max_length=7)["input_ids"]
+    assert [row.input_ids.tolist() for row in batch.split(1)] == expected
+
+
+@pytest.mark.parametrize("bad", ["a\ud800", b"a\xff"])
+def test_refuses_one_of_many_short_texts(uncased, bad):
+    ours, _ = uncased
+    good = ours.pack(SHORT)
+    with pytest.raises(
+        (TypeError, ValueError), match=r"^text 40: must be .* at (byte|character) 1$"
+    ):
+        ours.pack([*SHORT[:40], bad, "after"])
+    assert_same_batch(ours.pack(SHORT), good)  # nothing is left of the texts before it
+
+
+def test_short_texts_that_grow_where_they_are_read(uncased):
+    """The widest of each kind, so many that they fill several chunks."""
+    ours, _ = uncased
+    grow = [b"\xff" * 511, "\u00e9" * 511, "\u0800" * 255, "\U00010000" * 127]
+    plain = [t.decode(errors="replace") if isinstance(t, bytes) else t for t in grow]
+    expected = [ours(text + "x")["input_ids"] for text in plain]
+    batch = ours.pack([t + (b"x" if isinstance(t, bytes) else "x") for t in grow] * 30,
+                      errors="replace")  # fmt: skip
+    assert [row.input_ids.tolist() for row in batch.split(1)] == expected * 30
 
 
 def test_pack_edges(uncased):

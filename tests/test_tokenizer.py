@@ -96,6 +96,7 @@ LONG = {
     "one word": "Ab" * 9000 + " end " + "\u00e9" * 9000,
     "marks": "e" + "\u0301\u0323" * 5000 + "x y",
     "removed": "a\u200d" * 5000 + "B c",
+    "white space": (" " * 70 + "if" + "\n" * 61 + "()\t  x " + " \n\u00e9  ") * 120,
 }
 
 
