@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastbert.config import BertConfig
-    from fastbert.convert import convert
+    from fastbert.conversion import convert
     from fastbert.drop_in import Acceleration, accelerate, restore
     from fastbert.embed import Embedder
     from fastbert.heads import (
@@ -47,7 +47,7 @@ _MODULES = {
     "Embedder": "embed",
     "PackedBatch": "packing",
     "accelerate": "drop_in",
-    "convert": "convert",
+    "convert": "conversion",
     "pack": "packing",
     "quantize": "quantization",
     "restore": "drop_in",

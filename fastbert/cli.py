@@ -376,7 +376,7 @@ def _add_convert(commands: Any) -> argparse.ArgumentParser:
 def _convert(args: argparse.Namespace) -> None:
     src, out = args.src, args.out
     with replace_folder(out, args.overwrite, [src]) as new:
-        from fastbert.convert import convert
+        from fastbert.conversion import convert
 
         start = time.perf_counter()
         report = {"source": src, **convert(src, new)}

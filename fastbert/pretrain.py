@@ -131,6 +131,8 @@ class Recipe:
             attention_probs_dropout_prob=self.dropout,
             position_embedding_type=self.positions,
             pad_token_id=tokenizer.pad_token_id,
+            # BERT's 0.02 at 768 columns. At 128, 0.02 is 5 to 6% behind in perplexity (1 M tokens).
+            initializer_range=0.02 * (768 / hidden) ** 0.5,
         )
 
 

@@ -22,7 +22,7 @@ import torch
 
 from fastbert.batches import select
 from fastbert.config import BertConfig
-from fastbert.convert import copy_others
+from fastbert.conversion import copy_others
 from fastbert.embed import Embedder
 from fastbert.files import find_checkpoint, replace_folder
 from fastbert.int8 import DESCRIPTION, MARK, quantize_tensors
