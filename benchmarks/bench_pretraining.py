@@ -6,6 +6,7 @@ weights; the losses on the same masks are compared first.
 """
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from fastbert import BertConfig, BertForMaskedLM, BertTokenizer
 from fastbert.loop import MicroBatch
 from fastbert.losses import IGNORED
 from fastbert.masking import Masking, Vocabulary
-from fastbert.packing import PackedBatch, pack
+from fastbert.packing import pack
 from fastbert.pretrain import SIZES
 from fastbert.scored import Scored, loss_of
 
@@ -38,8 +39,7 @@ def with_masks(packed, vocabulary, rng):
     """The batch with masks drawn: what fastbert.pretrain's loop takes."""
     lengths = packed.lengths.numpy().astype(np.int64)
     ids, labels = Masking().apply(packed.input_ids.numpy(), lengths, vocabulary, rng)
-    hidden = PackedBatch(torch.from_numpy(ids), packed.token_type_ids, packed.position_ids,
-                         packed.cu_seqlens, packed.max_seqlen)  # fmt: skip
+    hidden = replace(packed, input_ids=torch.from_numpy(ids))
     items = {"labels": float((labels != IGNORED).sum())}
     return MicroBatch(hidden, {"labels": torch.from_numpy(labels)}, items)
 

@@ -125,6 +125,14 @@ def write_atomically(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_can_write(out: Path, overwrite: bool) -> None:
+    """Refuse an `out` that is there and not to be replaced, or has no parent."""
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already; --overwrite replaces it")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder {out.parent} for {out.name} does not exist")
+
+
 @contextmanager
 def replace_folder(
     out: Path, overwrite: bool, sources: Sequence[str | os.PathLike[str]]
@@ -134,13 +142,10 @@ def replace_folder(
     After an error nothing is left and an earlier `out` is as it was. Raises ValueError where `out`
     is there and not to be replaced, or holds one of `sources`; FileNotFoundError without a parent.
     """
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists already; --overwrite replaces it")
+    check_can_write(out, overwrite)
     for source in map(Path, sources):
         if out.resolve() in (source.resolve(), *source.resolve().parents):
             raise ValueError(f"{out} holds {source} and cannot be replaced; name another folder")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder {out.parent} for {out.name} does not exist")
     new, old = (out.with_name(f".{out.name}.{what}") for what in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastbert.files import replace_folder
+from fastbert.files import check_can_write, replace_folder
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,10 @@ class Place:
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        out, work = self.out, self.work
+        work = self.work
         if self.rank:
             return
-        if out.exists() and not self.overwrite:
-            raise ValueError(f"{out} exists already; --overwrite replaces it")
-        if not out.absolute().parent.is_dir():
-            raise FileNotFoundError(f"the folder {out.parent} for {out.name} does not exist")
+        check_can_write(self.out, self.overwrite)
         if any(work.glob("checkpoints/step-*.pt")) and not self.resume:
             if not self.overwrite:
                 raise ValueError(
@@ -65,7 +62,7 @@ class Place:
     def written(self, sources: Sequence[Any]) -> Iterator[Path]:
         """A folder to fill, which then becomes `out`; OUT.parts goes. sources: of the run, which
         `out` must not hold, where they are files and folders."""
-        paths = [x for x in sources if isinstance(x, str | Path) and Path(x).exists()]
+        paths = [x for x in sources if isinstance(x, str | os.PathLike) and Path(x).exists()]
         with replace_folder(self.out, self.overwrite, paths) as new:
             new.mkdir(parents=True)
             yield new

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import save_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import fastbert.train
-from fastbert import BertConfig, BertForMaskedLM, BertTokenizer
+from fastbert import BertTokenizer
 from fastbert.batches import by_budget
 from fastbert.cli import main
 from fastbert.distill import Distillation, Student
@@ -23,29 +24,10 @@ WORDS = ("good", "bad", "film", "book", "the", "was", "very", "ann", "bob", "saw
 pytestmark = pytest.mark.filterwarnings("ignore:.*initialised afresh")
 
 
-def save_model(folder, words=WORDS, **changes):
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, "##s"]
-    config = BertConfig(
-        vocab_size=len(vocab),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.2,  # as small as it is, it would learn little from 0.02
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    ).replace(**changes)
-    torch.manual_seed(0)
-    BertForMaskedLM(config).save_pretrained(folder)
-    BertTokenizer({token: i for i, token in enumerate(vocab)}).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
     """A folder of a model with random weights."""
-    return save_model(tmp_path_factory.mktemp("fresh"))
+    return save_model(tmp_path_factory.mktemp("fresh"), [*WORDS, "##s"], num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +328,7 @@ def test_a_model_of_a_folder_learns(teacher, fresh, tmp_path):
 
 def test_errors(teacher, fresh, tmp_path):
     rows = rows_of("classify", 20)
-    save_model(tmp_path / "other", words=[*WORDS[1:], "new"])
+    save_model(tmp_path / "other", [*WORDS[1:], "new", "##s"], num_hidden_layers=2)
     options = dict(teacher=teacher, student="1x16", out=tmp_path / "out", quiet=True)
     for changes, message in [
         ({"teacher": fresh}, "is not a folder of fastbert train"),

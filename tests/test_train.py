@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from small_models import save_model
 from torchrun import on_two_ranks
 from transformers import (
     AutoModelForMaskedLM,
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 import fastbert.train
-from fastbert import BertConfig, BertForMaskedLM, BertTokenizer, metrics
+from fastbert import BertForMaskedLM, BertTokenizer, metrics
 from fastbert.batches import by_budget
 from fastbert.cli import main
 from fastbert.examples import read_examples
@@ -42,24 +43,7 @@ AUTO = {
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A folder of a model with random weights that a few hundred steps can teach something."""
-    folder = tmp_path_factory.mktemp("tiny")
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    tokenizer = BertTokenizer({token: i for i, token in enumerate(vocab)})
-    config = BertConfig(
-        vocab_size=len(vocab),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.2,  # as small as it is, it would learn little from 0.02
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    torch.manual_seed(0)
-    BertForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("tiny"), WORDS)
 
 
 def rows_of(task, n, seed=0):
