@@ -107,6 +107,10 @@ class Inputs {
   }
 
   ~Inputs() {
+    for (size_t i = 0; i < alive_.size(); ++i) {
+      if (i + kAhead < alive_.size()) __builtin_prefetch(alive_[i + kAhead].ptr(), 1);
+      alive_[i] = py::object();
+    }
     for (Py_buffer& buffer : buffers_) PyBuffer_Release(&buffer);
     for (ArrowArray& array : arrays_) array.release(&array);
   }
@@ -117,10 +121,12 @@ class Inputs {
 
  private:
   // Texts are all over memory: has one that is soon read brought near.
+  static constexpr size_t kAhead = 16;
   static void fetch_ahead(const py::object& texts, size_t i) {
-    constexpr size_t kAhead = 16;
     if (!PyList_CheckExact(texts.ptr()) || i + kAhead >= py::len(texts)) return;
-    __builtin_prefetch(PyList_GET_ITEM(texts.ptr(), i + kAhead));
+    const auto* text = reinterpret_cast<const char*>(PyList_GET_ITEM(texts.ptr(), i + kAhead));
+    __builtin_prefetch(text);       // the count of references
+    __builtin_prefetch(text + 48);  // what is behind them
   }
 
   // Two texts in one item: two strings, or two lists where a text is a list of words.
@@ -311,30 +317,69 @@ py::array_t<T> owned(size_t n) {
   return py::array_t<T>(static_cast<py::ssize_t>(n));
 }
 
-// The ids of one str, and where it begins and ends in them, with as little around as can be.
-py::tuple encode_query(const Tokenizer& tokenizer, const py::str& text, size_t max_length,
-                       bool split_special_tokens, bool truncate_left) {
+template <class T>
+py::object array_of(const int32_t* begin, const int32_t* end) {
+  const auto& numpy = py::detail::npy_api::get();
+  const Py_intptr_t shape[] = {end - begin};
+  auto out = py::reinterpret_steal<py::object>(
+      numpy.PyArray_NewFromDescr_(numpy.PyArray_Type_, py::dtype::of<T>().release().ptr(), 1, shape,
+                                  nullptr, nullptr, 0, nullptr));
+  if (!out) throw py::error_already_set();
+  std::copy(begin, end, reinterpret_cast<T*>(py::detail::array_proxy(out.ptr())->data));
+  return out;
+}
+
+// Of (text, max_length, split_special_tokens, truncate_left), the ids of one str and where they
+// begin and end. None where encode() has something to say about the arguments, or the text. A
+// function of Python's own kind: one of pybind11's takes longer to call than a short text to
+// encode.
+PyObject* encode_query(PyObject* self, PyObject* const* arguments, Py_ssize_t n_arguments) {
   constexpr size_t kLarge = 1 << 14;  // bytes that are worth letting other Python threads run for
-  EncodeOptions options;
-  options.reading.split_special_tokens = split_special_tokens;
-  options.truncation = Truncation::kLongestFirst;
-  options.max_length = max_length;
-  options.truncate_left = truncate_left;
-  const Text view = view_of_str(text.ptr());
-  static thread_local Ints ids;
-  ids.clear();
-  if (view.n_bytes() < kLarge) {
-    tokenizer.encode_one(view, options, ids);
-  } else {
-    const WithoutGil without_gil;
-    tokenizer.encode_one(view, options, ids);
+  const auto& tokenizer =
+      **static_cast<std::shared_ptr<const Tokenizer>*>(PyCapsule_GetPointer(self, nullptr));
+  if (n_arguments != 4 || !PyUnicode_Check(arguments[0]) || !PyLong_Check(arguments[1])) {
+    Py_RETURN_NONE;
   }
-  py::array_t<int64_t> out = owned<int64_t>(ids.size());
-  std::copy(ids.begin(), ids.end(), out.mutable_data());
-  py::array_t<int32_t> cu_seqlens = owned<int32_t>(2);
-  cu_seqlens.mutable_data()[0] = 0;
-  cu_seqlens.mutable_data()[1] = static_cast<int32_t>(ids.size());
-  return py::make_tuple(std::move(out), std::move(cu_seqlens));
+  const Py_ssize_t max_length = PyLong_AsSsize_t(arguments[1]);
+  if (max_length < 3) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  EncodeOptions options;
+  options.reading.split_special_tokens = PyObject_IsTrue(arguments[2]) != 0;
+  options.truncation = Truncation::kLongestFirst;
+  options.max_length = static_cast<size_t>(max_length);
+  options.truncate_left = PyObject_IsTrue(arguments[3]) != 0;
+  const Text view = view_of_str(arguments[0]);
+  Ints ids;
+  try {
+    if (view.n_bytes() < kLarge) {
+      tokenizer.encode_one(view, options, ids);
+    } else {
+      const WithoutGil without_gil;
+      tokenizer.encode_one(view, options, ids);
+    }
+    const auto n = static_cast<int32_t>(ids.size());
+    py::object out = array_of<int64_t>(ids.data(), ids.data() + n);
+    const int32_t ends[] = {0, n};
+    py::object cu_seqlens = array_of<int32_t>(std::begin(ends), std::end(ends));
+    PyObject* both = PyTuple_New(2);
+    if (both == nullptr) throw py::error_already_set();
+    PyTuple_SET_ITEM(both, 0, out.release().ptr());
+    PyTuple_SET_ITEM(both, 1, cu_seqlens.release().ptr());
+    return both;
+  } catch (const std::exception&) {
+    Py_RETURN_NONE;
+  }
+}
+
+py::object query_function(const std::shared_ptr<Tokenizer>& tokenizer) {
+  using Held = std::shared_ptr<const Tokenizer>;
+  static PyMethodDef method{"encode_query",
+                            reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(encode_query)),
+                            METH_FASTCALL, nullptr};
+  const py::capsule self(new Held(tokenizer), [](void* held) { delete static_cast<Held*>(held); });
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&method, self.ptr()));
 }
 
 std::vector<std::string> train(const WordCounts& counts, const py::object& progress, size_t size,
@@ -414,11 +459,11 @@ PYBIND11_MODULE(_tokenizer, m) {
       .def("write_packed", &write_packed, py::arg("out"), py::kw_only(), py::arg("type_ids"))
       .def("matched", &Rows::matched);
 
-  py::class_<Tokenizer>(m, "Tokenizer")
+  py::class_<Tokenizer, std::shared_ptr<Tokenizer>>(m, "Tokenizer")
       .def(py::init([](std::shared_ptr<WordPiece> pieces, std::shared_ptr<UnicodeTables> tables,
                        bool lowercase, bool strip_accents, bool chinese_chars,
                        const std::vector<AddedToken>& added, int32_t cls_id, int32_t sep_id) {
-             return std::make_unique<Tokenizer>(
+             return std::make_shared<Tokenizer>(
                  std::move(pieces),
                  Normalizer(std::move(tables), lowercase, strip_accents, chinese_chars), added,
                  cls_id, sep_id);
@@ -433,8 +478,7 @@ PYBIND11_MODULE(_tokenizer, m) {
            py::arg("split_special_tokens") = false, py::arg("truncation") = "do_not_truncate",
            py::arg("max_length") = 0, py::arg("stride") = 0, py::arg("truncate_left") = false,
            py::arg("overflow") = false, py::arg("details") = false, py::arg("num_threads") = 0)
-      .def("encode_query", &encode_query, py::arg("text"), py::arg("max_length"),
-           py::arg("split_special_tokens"), py::arg("truncate_left"));
+      .def("query_function", &query_function);
 
   m.def("n_available_cpus", &n_available_cpus);
   m.def("instructions", &best_instructions);

@@ -243,7 +243,7 @@ Rows Tokenizer::encode(const Batch& batch, const EncodeOptions& options, size_t 
   std::vector<size_t> bounds{0};
   if (n_threads != 1) {
     size_t total = 0;
-    for (const Input& input : batch.inputs) total += n_bytes(batch, input);
+    for (const Text& text : batch.texts) total += text.n_bytes();
     if (n_threads == 0) n_threads = total < 2 * kPartBytes ? 1 : n_available_cpus();
     const size_t n_parts =
         n_threads == 1 ? 1 : std::min(1 + total / kPartBytes, kPartsPerThread * n_threads);

@@ -85,9 +85,9 @@ class Tokenizer:
         details: bool = False,
         num_threads: int = 0,
     ) -> Rows: ...
-    def encode_query(
-        self, text: str, max_length: int, split_special_tokens: bool, truncate_left: bool
-    ) -> tuple[NDArray[np.int64], NDArray[np.int32]]: ...
+    def query_function(
+        self,
+    ) -> Callable[[str, int, bool, bool], tuple[NDArray[np.int64], NDArray[np.int32]] | None]: ...
 
 class WordCounts:
     """See csrc/word_counts.h; `train` is csrc/vocab_trainer.h."""

@@ -198,6 +198,7 @@ class BertTokenizer:
             cls_id=self._cls_sep[0],
             sep_id=self._cls_sep[1],
         )
+        self._encode_query = self._core.query_function()
         # HF tokenizers shows a token that is normalised as what it matches, from then on.
         for content, token in self._settings.items():
             if token.normalized:
@@ -210,7 +211,7 @@ class BertTokenizer:
         return google_compat.with_lower_sigmas(texts, errors) if self._sees_sigmas else texts
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("_pieces", "_core", "_tokens", "_decoded")
+        made = ("_pieces", "_core", "_encode_query", "_tokens", "_decoded")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -230,12 +231,6 @@ class BertTokenizer:
     def get_vocab(self) -> dict[str, int]:
         """All tokens and their ids."""
         return {**self._vocab, **self._added}
-
-    def __getattr__(self, name: str) -> Any:
-        if name.endswith("_token_id") and name.removesuffix("_id") in SPECIAL_NAMES:
-            token = getattr(self, name.removesuffix("_id"))
-            return None if token is None else self.convert_tokens_to_ids(token)
-        raise AttributeError(f"BertTokenizer has no {name!r}")
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
@@ -489,11 +484,12 @@ class BertTokenizer:
         texts: also one str. Gives input_ids, (n_tokens,) int64, and cu_seqlens, (n_texts + 1,)
         int32; with `offsets` also the characters that each token stands for, (n_tokens, 2) int64.
         """
-        is_query = type(texts) is str and text_pairs is None and max_length > 2
-        if is_query and truncation == "longest_first" and not offsets and not self._sees_sigmas:
-            return self._core.encode_query(
-                texts, max_length, self.split_special_tokens, self.truncation_side == "left"
-            )
+        is_query = type(texts) is str and text_pairs is None and truncation == "longest_first"
+        if is_query and not offsets and not self._sees_sigmas:
+            left = self.truncation_side == "left"
+            found = self._encode_query(texts, max_length, self.split_special_tokens, left)
+            if found is not None:
+                return found
         rows = self._encode_packed(
             [texts] if isinstance(texts, str) else texts, text_pairs, max_length, truncation,
             num_threads, details=offsets,
@@ -658,6 +654,21 @@ class BertTokenizer:
             config, self._vocab, added, self._unknown, self._cls_sep
         )
         return tokenizer_files.write_files(Path(save_directory), config, saved)
+
+
+def _id_property(name: str) -> property:
+    def get(tokenizer: BertTokenizer) -> int | None:
+        token = getattr(tokenizer, name)
+        return None if token is None else tokenizer._id(token)
+
+    def put(tokenizer: BertTokenizer, id: int | None) -> None:
+        setattr(tokenizer, name, None if id is None else tokenizer.convert_ids_to_tokens(id))
+
+    return property(get, put, doc=f"The id of {name}, None where that is None.")
+
+
+for _name in SPECIAL_NAMES:
+    setattr(BertTokenizer, f"{_name}_id", _id_property(_name))
 
 
 def _clean_up(text: str) -> str:

@@ -332,6 +332,9 @@ def test_add_special_tokens():
         assert ours.add_special_tokens(tokens) == theirs.add_special_tokens(tokens)
         assert ours.all_special_tokens == theirs.all_special_tokens
         assert ours.mask_token_id == theirs.mask_token_id
+    for tokenizer in (ours, theirs):
+        tokenizer.pad_token_id = tokenizer.bos_token_id
+    assert (ours.pad_token, ours.pad_token_id) == (theirs.pad_token, theirs.pad_token_id)
     assert ours.add_tokens(["plain"]) == theirs.add_tokens(["plain"])
     assert ours.add_tokens(["plain"], True) == theirs.add_tokens(["plain"], special_tokens=True)
     for text in ("<e1>x<E2> <e2> <s> <mask>[MASK] <e3>", "a plain PLAIN"):
