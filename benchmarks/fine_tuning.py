@@ -5,7 +5,7 @@
 Each run is a process of its own, and the two take turns. Seconds are from texts and labels in
 memory to trained weights, tokenizing included, imports and evaluation not; wall and CPU time. Both
 keep the last weights. Trainer pads to the longest of a batch, as is usual. What is found is added
-to results/fine-tuning-<machine>.json, from which the table in README.md is made.
+to fine_tuning/<machine>.json, from which the table in README.md is made.
 
 It takes an hour or two, so it is no part of `make bench`.
 """

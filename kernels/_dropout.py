@@ -30,7 +30,7 @@ def dropout_arguments(p: float) -> tuple[int, float]:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """F.dropout, on a CPU with a fifth of the time for random bits: 16 decide an element.
+    """F.dropout, on a CPU in a third of the time: 16 random bits decide an element.
 
     So p is rounded to a multiple of 2**-16 there, and what is kept is divided by the share of it.
     """
@@ -43,8 +43,10 @@ def dropout(x: Tensor, p: float) -> Tensor:
     ):
         return F.dropout(x, p)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    is_kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= n_dropped - 2**15
-    return torch.where(is_kept, x * (2**16 / (2**16 - n_dropped)), 0.0)
+    bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    kept = torch.empty(x.shape, dtype=x.dtype)  # a mask of booleans takes four times as long
+    torch.ge(bits, n_dropped - 2**15, out=kept)
+    return x * kept * (2**16 / (2**16 - n_dropped))
 
 
 @jit()
