@@ -342,5 +342,5 @@ def bench_training(timed, model, fill, provider):
         tokens=batch.n_tokens,
         padding=batch.padding,
         flops=3 * forward_flops(config, lengths),
-        memory=True,
+        peak_memory=True,
     )

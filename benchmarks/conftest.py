@@ -32,12 +32,20 @@ def timed(benchmark, request):
     setup: called before each of these, untimed; what it gives, the function gets.
     tokens, bytes, flops: of a call, tokens real ones, flops and bytes the least there can be, for
     shares of a limit; padding: the share of padding in what the usual implementation computes;
-    calls: how many a round of `function` is, of which the others are then for all; memory: True
-    for the GPU's peak. untimed: the row is about something else than time.
+    calls: how many a round of `function` is, of which the others are then for all; peak_memory:
+    whether to add the GPU's as `memory`, bytes. untimed: the row is about something else than time.
     """
 
     def run(
-        function, group, *, provider, rounds=None, setup=None, alone=False, memory=False, **facts
+        function,
+        group,
+        *,
+        provider,
+        rounds=None,
+        setup=None,
+        alone=False,
+        peak_memory=False,
+        **facts,
     ):
         calls = 1
         if ON_GPU and rounds is None and setup is None:
@@ -60,7 +68,7 @@ def timed(benchmark, request):
         benchmark.extra_info.update(provider=provider, **facts)
         given = setup and (lambda: ((setup(),), {}))
         result = benchmark.pedantic(whole, setup=given, rounds=rounds or 5, warmup_rounds=1)
-        if memory and ON_GPU:
+        if peak_memory and ON_GPU:
             benchmark.extra_info["memory"] = torch.cuda.max_memory_allocated()
         return result
 

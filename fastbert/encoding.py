@@ -289,7 +289,7 @@ def as_packed(rows: Rows, dtype: torch.dtype | None, pin_memory: bool) -> Packed
     else:
         buffer = np.empty(shape, np.int64 if dtype == torch.int64 else np.int32)
         if buffer.nbytes >= _FRESH and not rows.has_pairs:
-            buffer, type_ids = np.zeros_like(buffer), False
+            buffer, type_ids = np.zeros(shape, buffer.dtype), False
     rows.write_packed(buffer, type_ids=type_ids)
     ids, type_ids, positions = torch.from_numpy(buffer)
     cu_seqlens = torch.from_numpy(rows.offsets(dtype=np.dtype(np.int32)))

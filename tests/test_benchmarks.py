@@ -80,11 +80,11 @@ def cases(function):
 def made_up(runs):
     """A stopwatch that calls once: fastbert takes 10 ms, a step 1 GB, others double and 3 GB."""
 
-    def timed(function, group, *, provider, alone=False, memory=False, **facts):
+    def timed(function, group, *, provider, alone=False, peak_memory=False, **facts):
         function()
         ours = provider == "fastbert"
         seconds = 0.011 if provider == bench_gpu.DROPOUT else 0.01 if ours else 0.02
-        if memory:
+        if peak_memory:
             facts["memory"] = 1e9 if ours else 3e9
         stats = dict.fromkeys(("median", "min", "max"), seconds) | {"rounds": 1}
         extra = {"provider": provider, **facts}
