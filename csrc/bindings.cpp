@@ -345,11 +345,14 @@ PyObject* encode_query(PyObject* self, PyObject* const* arguments, Py_ssize_t n_
     PyErr_Clear();
     Py_RETURN_NONE;
   }
+  const int split_special_tokens = PyObject_IsTrue(arguments[2]);
+  const int truncate_left = PyObject_IsTrue(arguments[3]);
+  if (split_special_tokens < 0 || truncate_left < 0) return nullptr;
   EncodeOptions options;
-  options.reading.split_special_tokens = PyObject_IsTrue(arguments[2]) != 0;
+  options.reading.split_special_tokens = split_special_tokens != 0;
   options.truncation = Truncation::kLongestFirst;
   options.max_length = static_cast<size_t>(max_length);
-  options.truncate_left = PyObject_IsTrue(arguments[3]) != 0;
+  options.truncate_left = truncate_left != 0;
   const Text view = view_of_str(arguments[0]);
   Ints ids;
   try {
