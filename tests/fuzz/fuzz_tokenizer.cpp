@@ -314,8 +314,9 @@ void check_rows(const Case& given, const std::vector<std::pair<size_t, size_t>>&
   for (size_t i = 0; i < table.samples.size(); ++i) {
     const auto ids = table.row(Column::kIds, i);
     require(ids.size() <= table.longest, "no row longer than the longest");
-    // A window of no tokens is followed by the whole text, as in HF tokenizers.
-    const bool whole = options.max_length == n_special && options.overflow;
+    // A window of no tokens is followed by the whole text, as in HF tokenizers: where there is room
+    // for none, or for one in a pair.
+    const bool whole = options.max_length < n_special + per_input && options.overflow;
     require(!truncates || whole || ids.size() <= options.max_length, "rows are cut");
     for (const Column column : {Column::kIds, Column::kMask, Column::kSequences}) {
       const auto row = table.row(column, i);
