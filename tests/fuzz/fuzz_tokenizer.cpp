@@ -290,6 +290,8 @@ void check_rows(const Case& given, const std::vector<std::pair<size_t, size_t>>&
   if (given.many) {  // as few as fill three parts
     const size_t times = std::min<size_t>(3 * (1 << 16) / n_bytes + 1, 20000 / (n_inputs + 1));
     for (size_t i = 0; i < times * n_inputs; ++i) batch.inputs.push_back(batch.inputs[i]);
+    const size_t n_texts = batch.texts.size();  // the parts are by their bytes
+    for (size_t i = 0; i < times * n_texts; ++i) batch.texts.push_back(Text(batch.texts[i]));
   }
 
   const Table table = table_of(*ways.tokenizer, batch, options, 1);
