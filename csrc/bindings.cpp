@@ -312,11 +312,7 @@ void write_packed(Rows& rows, py::array out, bool type_ids) {
   });
 }
 
-template <class T>
-py::array_t<T> owned(size_t n) {
-  return py::array_t<T>(static_cast<py::ssize_t>(n));
-}
-
+// Past pybind11's own constructor, which keeps shape and strides in vectors first.
 template <class T>
 py::object array_of(const int32_t* begin, const int32_t* end) {
   const auto& numpy = py::detail::npy_api::get();
@@ -453,7 +449,7 @@ PYBIND11_MODULE(_tokenizer, m) {
       .def("offsets", &offsets, py::arg("length") = 0, py::kw_only(), py::arg("dtype") = int64)
       .def("samples",
            [](const Rows& rows) {
-             py::array_t<int64_t> out = owned<int64_t>(rows.n_rows());
+             py::array_t<int64_t> out(static_cast<py::ssize_t>(rows.n_rows()));
              rows.write_samples(out.mutable_data());
              return out;
            })

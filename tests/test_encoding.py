@@ -418,7 +418,7 @@ def test_encode_arrays(uncased):
         ours.encode_arrays("a\ud800")
     with pytest.raises(ValueError, match="max_length"):
         ours.encode_arrays("a", max_length=2)
-    with pytest.raises((TypeError, OverflowError)):
+    with pytest.raises(TypeError, match="incompatible function arguments"):
         ours.encode_arrays("a", max_length=2**70)
     with pytest.raises(TypeError, match="'<' not supported"):
         ours.encode_arrays("a", max_length="5")
