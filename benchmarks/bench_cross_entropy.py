@@ -45,7 +45,7 @@ PROVIDERS = {
     "fastbert": fastbert,
     "torch, all positions": all_positions,
     "torch, labelled positions": labelled_positions,
-    "torch.compile, all positions": torch.compile(all_positions),
+    "torch.compile, all positions": torch.compile(all_positions, dynamic=False),
     "torch.compile, labelled positions": torch.compile(labelled_positions, dynamic=True),
     "liger-kernel": liger,
 }

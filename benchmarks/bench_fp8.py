@@ -44,7 +44,7 @@ def bench_fp8(timed, model, n_tokens, provider):
         ]
         for n_in, n_out in ((1, 3), (1, 1), (1, 4), (4, 1))
     ]
-    quantise = torch.compile(quantised, **bench_gpu.COMPILE)
+    quantise = torch.compile(quantised, dynamic=False, **bench_gpu.COMPILE)
     weights = [quantise(weight) for _, weight in pairs]
     inputs = [quantise(x) for x, _ in pairs]
 

@@ -11,9 +11,10 @@ if DEVICE.type == "cuda":
     PROVIDERS["torch.compile"] = torch.compile(layer_norm_ref)
 
 
-def least_bytes(x, *, backward=False):
-    """Forward: x and residual in, one out. Backward: these and dout in, dsum out."""
-    return (4 if backward else 3) * x.nbytes
+def least_bytes(x, *, backward=False, drops=False):
+    """Forward: x and residual in, one out. Backward: these and dout in, the gradient of the sum
+    out, which is that of both, or with dropout two gradients."""
+    return (4 + drops if backward else 3) * x.nbytes
 
 
 def arguments(n_tokens, hidden, dtype, device=DEVICE):
@@ -45,7 +46,7 @@ def bench_layer_norm(timed, provider, direction, dropout_p, hidden):
             else forward,
             f"layer norm + residual, {hidden} columns, dropout {dropout_p}, {direction}",
             provider=provider,
-            bytes=least_bytes(args[0], backward=backward),
+            bytes=least_bytes(args[0], backward=backward, drops=dropout_p > 0),
         )
 
 

@@ -78,9 +78,9 @@ def bench_embedding(timed, provider, model):
     assert error < 5e-2, error
     order = packed.lengths.argsort(descending=True)
     if provider == ALONE:
-        whole = sort_and_shorten(packed, order, ours.max_length)
-        sizes = batch_sizes(whole, WINDOW)
-        batches = [batch.to(bench_gpu.DEVICE) for batch in whole.split(sizes)]
+        sizes = batch_sizes(packed.lengths[order].tolist(), WINDOW)
+        where = {"device": bench_gpu.DEVICE, "sizes": sizes}
+        batches = sort_and_shorten(packed, order, ours.max_length, **where)
 
         def encode(given):
             with torch.inference_mode():

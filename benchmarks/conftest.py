@@ -3,6 +3,7 @@
 import gc
 import os
 import time
+from contextlib import suppress
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -12,6 +13,11 @@ from stopwatch import pace, plan, wait
 
 STARTED = time.monotonic()
 ON_GPU = torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items):
+    """What torch compiles comes last, as each takes a minute or two of BENCH_SECONDS."""
+    items.sort(key=lambda item: ", compiled" in item.name)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +73,11 @@ def timed(benchmark, request):
         benchmark.group = group
         benchmark.extra_info.update(provider=provider, **facts)
         given = setup and (lambda: ((setup(),), {}))
-        result = benchmark.pedantic(whole, setup=given, rounds=rounds or 5, warmup_rounds=1)
+        try:
+            result = benchmark.pedantic(whole, setup=given, rounds=rounds or 5, warmup_rounds=1)
+        except BaseException:  # one without a round would be the end of the others' results
+            benchmark.has_error = True
+            raise
         if peak_memory and ON_GPU:
             benchmark.extra_info["memory"] = torch.cuda.max_memory_allocated()
         return result
@@ -76,4 +86,5 @@ def timed(benchmark, request):
     if ON_GPU:  # what is compiled holds on to the weights
         torch.compiler.reset()
         gc.collect()
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # after a capture that failed
+            torch.cuda.empty_cache()

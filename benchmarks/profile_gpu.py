@@ -43,7 +43,7 @@ def floors(config, lengths, n_parameters, matmul, copy, trains):
     return {
         "attention": attention * (3.5 if trains else 1) / matmul,
         "products": products * (3 if trains else 1) / matmul,
-        "layer norm": 2 * layers * row * (7 if trains else 3) / copy,
+        "layer norm": 2 * layers * row * (8 if trains else 3) / copy,
         "activation": layers * 4 * row * (5 if trains else 2) / copy,
         "embeddings": row * (4 if trains else 2) / copy,
         "optimizer": 7 * n_parameters * bench_gpu.DTYPE.itemsize / copy if trains else 0.0,

@@ -38,7 +38,7 @@ def timings(what, prepare, n_steps=1):
                 step()
         elif time.monotonic() - START < SECONDS:
             found = [stopwatch(step) for step in prepare()]
-    except _triton._compile_errors() as error:
+    except (*_triton._compile_errors(), RuntimeError) as error:
         what = f"{what}: {type(error).__name__}"
     if _triton.failures:  # what was timed is plain torch, as all that follows would be
         what, found = f"{what}: {_triton.failures}", [float("inf")] * n_steps
@@ -90,9 +90,12 @@ def run(file, sweep):
         f"# From benchmarks/{Path(file).name} on {gpu}, torch {torch.__version__}, "
         f"triton {triton.__version__}, {date.today()}."
     )
-    sweep()
-    left_out = sum(None in ms for _, *ms in seen["timed"])
-    paste(
-        f"# {left_out} of {len(seen['timed'])} timings failed, or were left out for lack of time."
-    )
-    report.keep("sweeps", Path(file).stem, seen)
+    try:
+        sweep()
+    finally:
+        left_out = sum(None in ms for _, *ms in seen["timed"])
+        paste(
+            f"# {left_out} of {len(seen['timed'])} timings failed, or were left out for lack of "
+            "time."
+        )
+        report.keep("sweeps", Path(file).stem, seen)

@@ -359,14 +359,17 @@ def _given_bounds(given: dict[str, Any], main: Tensor) -> tuple[Tensor, int] | s
     bounds, of_keys = given["cu_seq_lens_q"], given["cu_seq_lens_k"]
     if main.shape[0] != 1 or "attention_mask" in given:
         return "cu_seq_lens_q is given with more than one row, or with a mask"
-    if not isinstance(bounds, Tensor) or bounds.dim() != 1 or bounds.device != main.device:
-        return f"cu_seq_lens_q is not (n_seqs + 1,) on {main.device}"
-    if bounds is not of_keys and not torch.equal(bounds, of_keys):
+    for x in (bounds, of_keys):
+        if not isinstance(x, Tensor) or x.device != main.device or x.dim() != 1 or len(x) < 2:
+            return f"cu_seq_lens_q and cu_seq_lens_k are not both (n_seqs + 1,) on {main.device}"
+    if bounds.shape != of_keys.shape:
         return "cu_seq_lens_k is not cu_seq_lens_q"
-    first, last, longest = torch.stack(
-        [bounds[0], bounds[-1], bounds.diff().max() if len(bounds) > 1 else bounds[0]]
-    ).tolist()
-    if (first, last) != (0, main.shape[1]) or (bounds.diff() < 0).any():
+    lengths, apart = bounds.diff(), (bounds != of_keys).sum()
+    seen = [bounds[0], bounds[-1], lengths.min(), lengths.max(), apart]
+    first, last, shortest, longest, apart = torch.stack(seen).tolist()  # the one wait for a GPU
+    if apart:
+        return "cu_seq_lens_k is not cu_seq_lens_q"
+    if (first, last) != (0, main.shape[1]) or shortest < 0:
         return f"cu_seq_lens_q does not rise from 0 to {main.shape[1]}"
     return bounds.int(), longest
 

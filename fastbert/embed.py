@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,38 +149,66 @@ class Embedder:
         if isinstance(texts, str):
             raise ValueError("texts must be a sequence of strings, got one string")
         texts = list(texts)
+        windows = (texts[i : i + WINDOW_TEXTS] for i in range(0, len(texts), WINDOW_TEXTS))
         vectors = [np.zeros((0, self.model.config.hidden_size), np.float32)]
-        for first in range(0, len(texts), WINDOW_TEXTS):
-            window = self.encode_window(texts[first : first + WINDOW_TEXTS], batch_tokens)
-            vectors.append(window.vectors)
+        vectors += (encoded.vectors for encoded in self.encode_windows(windows, batch_tokens))
         return np.concatenate(vectors)
 
-    @torch.inference_mode()
-    def encode_window(
+    def encode_windows(
         self,
-        texts: list[str],
+        windows: Iterable[list[str]],
         batch_tokens: int | None = None,
         on_batch: Callable[[int, int], None] = lambda n_texts, n_tokens: None,
-    ) -> Encoded:
-        """Tokenize and sort all of `texts`, then run them. `on_batch` hears of every forward."""
+    ) -> Iterator[Encoded]:
+        """Of each window: tokenize and sort all of its texts, then run them.
+
+        on_batch: hears of every forward how many texts and tokens it is. On a GPU the next window
+        is tokenized while one is computed, and nothing waits for it before.
+        """
+        running: Callable[[], Encoded] | None = None
+        for texts in windows:
+            started = self._start(texts, batch_tokens or self.default_batch_tokens, on_batch)
+            if running is not None:
+                yield running()
+            running = started
+            if self.device.type == "cpu":
+                yield running()
+                running = None
+        if running is not None:
+            yield running()
+
+    @torch.inference_mode()
+    def _start(
+        self, texts: list[str], batch_tokens: int, on_batch: Callable[[int, int], None]
+    ) -> Callable[[], Encoded]:
+        """Start on a window; gives what waits for its end."""
         if self.lower or self.prompt:
             texts = [self.prompt + (text.lower() if self.lower else text) for text in texts]
+        device, on_gpu = self.device, self.device.type == "cuda"
         # One token more than is read tells a text that is cut from one that just fits.
-        packed = self.tokenizer.pack(texts, max_length=self.max_length + 1)
+        packed = self.tokenizer.pack(texts, max_length=self.max_length + 1, pin_memory=on_gpu)
         lengths = packed.lengths.clamp(max=self.max_length)
         order = torch.argsort(lengths, descending=True, stable=True)
         cut_left = self.tokenizer.truncation_side == "left"
-        batches = sort_and_shorten(packed, order, self.max_length, cut_left)
+        sizes = batch_sizes(lengths[order].tolist(), batch_tokens)
         pooled = []
-        for batch in batches.split(batch_sizes(batches, batch_tokens or self.default_batch_tokens)):
-            hidden = self.model(batch.to(self.device)).last_hidden_state
-            cu_seqlens = batch.cu_seqlens.to(self.device)
-            pooled.append(pool(hidden.float(), cu_seqlens, self.pooling, self.normalize))
+        for batch in sort_and_shorten(packed, order, self.max_length, cut_left, device, sizes):
+            hidden = self.model(batch).last_hidden_state
+            pooled.append(pool(hidden.float(), batch.cu_seqlens, self.pooling, self.normalize))
             on_batch(len(batch), batch.input_ids.numel())
-        vectors = np.empty((len(texts), self.model.config.hidden_size), np.float32)
-        vectors[order.numpy()] = torch.cat(pooled).cpu().numpy()
-        truncated = int((packed.lengths > self.max_length).sum())
-        return Encoded(vectors, batches.input_ids.numel(), truncated)
+        result = torch.cat(pooled)
+        host = torch.empty(result.shape, pin_memory=on_gpu).copy_(result, non_blocking=True)
+        done = torch.cuda.current_stream(device).record_event() if on_gpu else None
+
+        def finish() -> Encoded:
+            if done is not None:
+                done.synchronize()
+            vectors = np.empty(host.shape, np.float32)
+            vectors[order.numpy()] = host.numpy()
+            truncated = int((packed.lengths > self.max_length).sum())  # `packed` is kept till here
+            return Encoded(vectors, int(lengths.sum()), truncated)
+
+        return finish
 
 
 def _usable(device: str | torch.device) -> torch.device:
@@ -192,38 +220,49 @@ def _usable(device: str | torch.device) -> torch.device:
 
 
 def sort_and_shorten(
-    packed: PackedBatch, order: torch.Tensor, max_length: int, cut_left: bool = False
-) -> PackedBatch:
-    """The sequences in another order, none longer than `max_length`.
+    packed: PackedBatch,
+    order: torch.Tensor,
+    max_length: int,
+    cut_left: bool = False,
+    device: torch.device | None = None,
+    sizes: list[int] | None = None,
+) -> list[PackedBatch]:
+    """The sequences in another order, none longer than `max_length`, in batches on `device`.
 
     The first and last token, [CLS] and [SEP], stay: a sequence that is too long loses tokens after
-    the first with `cut_left`, else before the last.
+    the first with `cut_left`, else before the last. sizes: sequences in each batch; None: all in
+    one. What there is a number of for each token is made on the device, which nothing waits for.
     """
     old_lengths = packed.lengths[order].long()
     lengths = old_lengths.clamp(max=max_length)
     ends = lengths.cumsum(0)
     starts = packed.cu_seqlens[:-1][order].long()
+    device, n_tokens = device or order.device, int(ends[-1])
 
-    def per_token(values: torch.Tensor) -> torch.Tensor:
-        return values.repeat_interleave(lengths)
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
-    position = torch.arange(int(ends[-1])) - per_token(ends - lengths)
-    after_cut = position >= (1 if cut_left else per_token(lengths - 1))
-    index = per_token(starts) + position + after_cut * per_token(old_lengths - lengths)
-    return PackedBatch(
-        packed.input_ids[index],
-        packed.token_type_ids[index],
+    numbers = [lengths, ends - lengths, lengths - 1, starts, old_lengths - lengths]
+    repeats, *there = moved(torch.stack(numbers)).unbind()
+    begin, last, start, cut = (x.repeat_interleave(repeats, output_size=n_tokens) for x in there)
+    position = torch.arange(n_tokens, device=device) - begin
+    index = start + position + (position >= (1 if cut_left else last)) * cut
+    here, bounds = packed.to(device, non_blocking=True), torch.cat([ends.new_zeros(1), ends])
+    whole = PackedBatch(
+        here.input_ids[index],
+        here.token_type_ids[index],
         position.to(packed.position_ids.dtype),
-        torch.cat([ends.new_zeros(1), ends]).int(),
+        moved(bounds.int()),
         int(lengths.max()),
     )
+    return whole.cut(sizes or [len(whole)], bounds.tolist())
 
 
-def batch_sizes(packed: PackedBatch, batch_tokens: int) -> list[int]:
+def batch_sizes(lengths: list[int], batch_tokens: int) -> list[int]:
     """How many sequences go into each batch: as many as `batch_tokens` allows, at least one."""
     sizes: list[int] = []
     room = 0
-    for length in packed.lengths.tolist():
+    for length in lengths:
         if length > room or not sizes:
             sizes.append(0)
             room = max(batch_tokens, length)

@@ -71,14 +71,19 @@ def embed_file(
     with Parts(out, identity, resume=resume, overwrite=overwrite) as parts:
         resumed = sum(int(part[0]) for part in parts.counts())
         with Progress(source.share_read, done=resumed) as progress:
-            for number, texts in enumerate(windows(source)):
-                progress.texts_read += len(texts)
-                if number < parts.finished:
-                    parts.check(number, len(texts))
-                    continue
-                start = time.perf_counter()
-                encoded = embedder.encode_window(texts, batch_tokens, progress.advance)
+
+            def unfinished(finished: int) -> Iterator[list[str]]:
+                for number, texts in enumerate(windows(source)):
+                    progress.texts_read += len(texts)
+                    if number < finished:
+                        parts.check(number, len(texts))
+                    else:
+                        yield texts
+
+            given, start = unfinished(parts.finished), time.perf_counter()
+            for encoded in embedder.encode_windows(given, batch_tokens, progress.advance):
                 parts.add(encoded.vectors, encoded.tokens, encoded.truncated, start)
+                start = time.perf_counter()
         counts = np.sum([*parts.counts(), np.zeros(4)], axis=0)
         texts_done, tokens, truncated = (int(count) for count in counts[:3])
         if not texts_done:

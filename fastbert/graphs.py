@@ -11,14 +11,16 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.inputs import EncoderInputs
-from fastbert.kernels._triton import allows_tf32, next_power_of_2, on_kernel_device
+from fastbert.kernels._triton import allows_tf32, failures, next_power_of_2, on_kernel_device
+from fastbert.kernels.attention import HEAD_DIMS
+from fastbert.layers import BertSelfAttention
 from fastbert.watch import Watch, any_global_hooks
 
 # Not measured yet: where a GPU works longer than launching takes; how many shapes a service has.
@@ -110,7 +112,11 @@ class CudaCapture:
 
     @staticmethod
     def takes_weight(weight: Tensor) -> bool:
-        return on_kernel_device(weight)  # plain torch waits for the GPU to learn the lengths
+        return on_kernel_device(weight)
+
+    def wait(self) -> None:
+        """Until the GPU has read what graphs read."""
+        self._done.synchronize()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -138,10 +144,17 @@ class CudaCapture:
             # that nothing that is kept for these addresses is found, and left out, when capturing.
             for _ in range(2):
                 function(*(x.clone() for x in inputs))
-            with torch.cuda.graph(
-                graph, self._pool, self._stream, capture_error_mode="thread_local"
-            ):
-                outputs = function(*inputs)
+            options: Any = {"stream": self._stream, "capture_error_mode": "thread_local"}
+            try:
+                with torch.cuda.graph(graph, self._pool, **options):
+                    outputs = function(*inputs)
+            except RuntimeError:
+                # torch (2.11) still takes all for captured: no more random numbers, memory kept.
+                with suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+                with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), **options):
+                    inputs[0].clone()
+                raise
         current.wait_stream(self._stream)
         return outputs, graph.replay
 
@@ -165,6 +178,8 @@ class Graphs:
         self._patience = 2
         self._n_runs = 0
         self._met: Counter[tuple[Bucket, bool]] = Counter()  # a few thousand shapes at most
+        self._graphs: OrderedDict[tuple[Bucket, bool], _Graph] = OrderedDict()
+        self._capture: CudaCapture | None = None
         self._drop()
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[int]]:
@@ -176,14 +191,17 @@ class Graphs:
             self._drop()
 
     def _drop(self) -> None:
-        if self._met:
+        # A service that calls eval() each time has no graph to lose, and shall get to its first.
+        if self._graphs:
             self._patience = min(2 * self._patience, _MOST_PATIENCE)
             self._met.clear()
-        self._graphs: OrderedDict[tuple[Bucket, bool], _Graph] = OrderedDict()
+        if self._capture is not None:
+            self._capture.wait()  # a stream may use again what is freed here
+        self._graphs.clear()
         self._watch: Watch | None = None
         self._device: torch.device | None = None
         self._plans: list[tuple[dict[str, Any], Any]] = []
-        self._capture: CudaCapture | None = None
+        self._capture = None
 
     def run(self, model: Any, inputs: EncoderInputs) -> Outputs | None:
         """What `model._encode(inputs)` returns; None where no graph can be or should be used."""
@@ -299,6 +317,10 @@ def _watch_of(model: nn.Module, device: torch.device) -> Watch | None:
     """None where a module or a parameter is not what the graphs' makers know."""
     modules, parameters = list(model.modules()), list(model.parameters())
     if not parameters or not all(_is_known(type(module)) for module in modules):
+        return None
+    # In a kernel's place plain torch waits for the GPU to learn the lengths.
+    sizes = {m.attention_head_size for m in modules if isinstance(m, BertSelfAttention)}
+    if failures or not sizes <= set(HEAD_DIMS):
         return None
     for p in parameters:
         if type(p) is not nn.Parameter or p.is_inference() or p.device != device:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastbert.config import BertConfig
 from fastbert.kernels.linear_int8 import PrepackedInt8, quantize_weight, why_no_int8
-from fastbert.watch import Watch
+from fastbert.watch import Planned, Watch
 
 MARK = "quantization"  # of a folder's config.json
 DESCRIPTION = {
@@ -27,7 +27,7 @@ ADVICE = "int8 folders are for float32 inference on a CPU; take the folder it wa
 _LAYER_WEIGHT = re.compile(r"\bencoder\.layer\.\d+\..*\.weight$")
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(Planned):
     """nn.Linear with int8 weights, for inference on a CPU: (n_rows, in_features) to
     (n_rows, out_features), float32. No gradients: an input that wants one is refused."""
 
@@ -56,9 +56,6 @@ class Int8Linear(nn.Module):
         if plan is None or not plan[0].unchanged():
             self._plan = plan = Watch([self]), join([self])
         return plan[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}  # not copied, not pickled: made again when needed
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

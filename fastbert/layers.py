@@ -20,7 +20,7 @@ from fastbert.kernels.embeddings import embed
 from fastbert.kernels.gelu import bias_gelu
 from fastbert.kernels.layer_norm import layer_norm
 from fastbert.kernels.linear_gelu import linear_gelu
-from fastbert.watch import Watch, is_plain
+from fastbert.watch import Planned, Watch, is_plain
 
 
 class LayerNorm(nn.LayerNorm):
@@ -102,7 +102,7 @@ class BertEmbeddings(nn.Module):
         )
 
 
-class BertSelfAttention(nn.Module):
+class BertSelfAttention(Planned):
     """Attention, whose three projections are one product where a kernel takes its result."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -151,18 +151,14 @@ class BertSelfAttention(nn.Module):
         if not may_keep:
             return torch.cat(weights), torch.cat(biases)
         plan = self._plan  # other threads may run the same layer
-        if plan is None or not plan[0].unchanged():
+        # A replica has it, too, but other weights.
+        if plan is None or plan[0].modules[0] is not self or not plan[0].unchanged():
             with torch.inference_mode(False), torch.no_grad():
                 plan = Watch([self, *linears]), torch.cat(weights), torch.cat(biases)
+            if weights[0].is_cuda and not torch.cuda.is_current_stream_capturing():
+                torch.cuda.current_stream(weights[0].device).synchronize()  # others have streams
             self._plan = plan
         return plan[1:]
-
-    def train(self, mode: bool = True) -> BertSelfAttention:
-        self._plan = None  # also for those who write through .data, which no version shows
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}  # not copied, not pickled: made again when needed
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -228,7 +224,7 @@ class BertIntermediate(nn.Module):
         return bias_gelu(self.dense(x), None, self.activation)
 
 
-class BertLayer(nn.Module):
+class BertLayer(Planned):
     """One post-norm BERT layer on packed tokens: (n_tokens, hidden) to the same."""
 
     def __init__(self, config: BertConfig) -> None:
@@ -254,13 +250,6 @@ class BertLayer(nn.Module):
         if self._plan is None or not self._plan.holds():
             self._plan = LayerPlan.of(self, _PLAIN)
         return self._plan
-
-    def train(self, mode: bool = True) -> BertLayer:
-        self._plan = None  # also for those who write weights where versions do not show it (.data)
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}  # not copied, not pickled: made again when needed
 
 
 # What a plan knows the arithmetic of; not their subclasses, which may compute something else.

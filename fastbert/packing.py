@@ -111,7 +111,10 @@ class PackedBatch:
             sizes = list(split_size)
         if sum(sizes) != len(self) or any(size < 0 for size in sizes):
             raise ValueError(f"split sizes must add up to {len(self)} sequences, got {sizes}")
-        bounds = self.cu_seqlens.tolist()
+        return self.cut(sizes, self.cu_seqlens.tolist())
+
+    def cut(self, sizes: Sequence[int], bounds: Sequence[int]) -> list[PackedBatch]:
+        """`split` where cu_seqlens are known on the host, so that nothing waits for a GPU."""
         parts, first = [], 0
         for size in sizes:
             last = first + size

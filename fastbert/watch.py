@@ -6,7 +6,9 @@ from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.modules import module as nn_module
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _version = attrgetter("_version")
 
@@ -30,6 +32,34 @@ def hooks_of(owner: Any, prefix: str) -> list[dict]:
     """The dicts in which hooks are registered: on a module, or, "_global", on all of them."""
     kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
     return [getattr(owner, f"{prefix}_{kind}") for kind in kinds]
+
+
+def _count_writes(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Raise the versions of what a fused optimizer has written, which torch leaves as they were."""
+    for group in optimizer.param_groups:
+        for p in group["params"] if group.get("fused") else ():
+            if p.grad is not None and not p.is_inference():
+                increment_version(p)
+
+
+register_optimizer_step_post_hook(_count_writes)
+
+
+class Planned(nn.Module):
+    """A module that keeps what it has made of its weights for inference, as `_plan`."""
+
+    _plan: Any
+
+    def train(self, mode: bool = True) -> Planned:
+        self._plan = None  # also for those who write weights where versions do not show it (.data)
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Planned:
+        self._plan = None  # it holds the weights' old memory
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}  # not copied, not pickled: made again when needed
 
 
 class Structure:

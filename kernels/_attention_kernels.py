@@ -192,7 +192,7 @@ def _attention_dq_kernel(
         first, second = row_words(tl.load(seed_ptr), start + rows, head)
         words_ptr += of_row
         tl.store(words_ptr, first.to(tl.int32, bitcast=True), mask=row_mask)
-        words_ptr += n_heads.to(tl.int64) * n_tokens
+        words_ptr += tl.cast(n_heads, tl.int64) * n_tokens
         tl.store(words_ptr, second.to(tl.int32, bitcast=True), mask=row_mask)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     stop = key_length  # of the keys that some query sees
@@ -268,7 +268,7 @@ def _attention_dkv_kernel(
         if HAS_DROPOUT:
             word_ptr = words_ptr + of_query + query + cols
             first = tl.load(word_ptr, mask=mask, other=0)
-            second = tl.load(word_ptr + n_heads.to(tl.int64) * n_tokens, mask=mask, other=0)
+            second = tl.load(word_ptr + tl.cast(n_heads, tl.int64) * n_tokens, mask=mask, other=0)
             first, second = first.to(tl.uint32, bitcast=True), second.to(tl.uint32, bitcast=True)
             kept = is_kept(first[None, :], second[None, :], keys[:, None], threshold)
             dropped = tl.where(kept, weights, 0.0)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Collection
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,27 +27,40 @@ class _Language:
 tl: Any = _Language()
 
 
+_linking = threading.RLock()
+
+
 class Kernel:
     """A function that becomes a kernel of triton.jit, with all that its file calls, when needed."""
 
     def __init__(self, function: Callable[..., None], unspecialized: Collection[str]) -> None:
         self.function, self.unspecialized = function, list(unspecialized)
-        self._jitted: Any = None
+        self._is_linked = False
 
     def __getitem__(self, grid: Any) -> Any:
         return self.jitted()[grid]
 
     def jitted(self) -> Any:
-        if self._jitted is None:
+        if not self._is_linked:
             import triton
 
-            self._jitted = triton.jit(self.function, do_not_specialize=self.unspecialized)
             names = self.function.__globals__
-            names["tl"] = triton.language
-            for name, value in list(names.items()):
-                if isinstance(value, Kernel):
-                    names[name] = value.jitted()
+            with _linking:
+                made = {
+                    name: value._jitted if value.function.__globals__ is names else value.jitted()
+                    for name, value in list(names.items())
+                    if isinstance(value, Kernel)
+                }
+                # At once: another thread that finds a kernel there also finds what it calls.
+                names.update(made, tl=triton.language)
+                self._is_linked = True
         return self._jitted
+
+    @cached_property
+    def _jitted(self) -> Any:
+        import triton
+
+        return triton.jit(self.function, do_not_specialize=self.unspecialized)
 
 
 def jit(*unspecialized: str) -> Callable[[Callable[..., None]], Any]:
@@ -130,11 +144,11 @@ def run(operation: str, kernels: Callable, reference: Callable, x: Tensor, *args
     if x.device.type == "cpu":
         return kernels(x, *args)
     with torch.cuda.device(x.device):
-        device = torch.cuda.get_device_name()
-        if (operation, device) not in failures:
+        if not failures or (operation, torch.cuda.get_device_name()) not in failures:
             try:
                 return kernels(x, *args)
             except _compile_errors() as error:
+                device = torch.cuda.get_device_name()
                 failures[operation, device] = f"{type(error).__name__}: {error}"
                 warnings.warn(
                     f"{operation} runs in plain torch, as its kernels cannot be compiled for "

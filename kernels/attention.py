@@ -25,6 +25,7 @@ from fastbert.kernels._attention_ref import (
     runs_of,
 )
 from fastbert.kernels._dropout import draw_seed, dropout_arguments
+from fastbert.kernels._operation import operation
 from fastbert.kernels._triton import (
     allows_tf32,
     architecture,
@@ -44,7 +45,7 @@ __all__ = [
     "schedule",
 ]
 
-_HEAD_DIMS = range(16, 129)
+HEAD_DIMS = range(16, 129)
 _LOG2_E = math.log2(math.e)
 
 
@@ -68,11 +69,11 @@ class _Launches:
 # so that no kernel of 16 bits spills; not measured.
 _LAUNCHES = {
     "hopper": (
-        (2, 32, _Launches(128, 128, _Launch(128, 8, 2), _Launch(64, 8, 2), _Launch(64, 8, 2))),
-        (2, 64, _Launches(128, 128, _Launch(128, 8, 2), _Launch(64, 8, 2), _Launch(64, 8, 2))),
+        (2, 32, _Launches(128, 128, _Launch(64, 8, 3), _Launch(64, 8, 2), _Launch(64, 8, 2))),
+        (2, 64, _Launches(128, 128, _Launch(64, 8, 3), _Launch(64, 8, 2), _Launch(64, 8, 2))),
         (2, 128, _Launches(128, 64, _Launch(64, 8, 2), _Launch(32, 8, 2), _Launch(32, 8, 2))),
-        (4, 64, _Launches(64, 64, _Launch(32, 8, 1), _Launch(32, 8, 1), _Launch(32, 8, 1))),
-        (4, 128, _Launches(64, 0, _Launch(32, 8, 1), _Launch(16, 8, 1), _Launch(16, 8, 1))),
+        (4, 64, _Launches(0, 0, _Launch(32, 8, 1), _Launch(32, 8, 1), _Launch(32, 8, 1))),
+        (4, 128, _Launches(0, 0, _Launch(32, 8, 1), _Launch(16, 8, 1), _Launch(16, 8, 1))),
     ),
     "blackwell": (
         (2, 32, _Launches(128, 128, _Launch(128, 8, 2), _Launch(64, 8, 2), _Launch(64, 8, 2))),
@@ -176,7 +177,7 @@ def _tiles(
 # that is zero.
 
 
-@torch.library.custom_op("fastbert::attention", mutates_args=())
+@operation("fastbert::attention")
 def _attention_op(
     q: Tensor,
     k: Tensor | None,
@@ -202,7 +203,7 @@ def _attention_op(
     )  # fmt: skip
 
 
-@torch.library.custom_op("fastbert::attention_backward", mutates_args=())
+@operation("fastbert::attention_backward")
 def _attention_backward_op(
     dout: Tensor,
     q: Tensor,
@@ -268,7 +269,7 @@ def _three(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _has_kernel(q: Tensor, k: Tensor, scale: float) -> bool:
-    return q.shape[-1] in _HEAD_DIMS and scale > 0 and q.numel() > 0 and k.numel() > 0
+    return q.shape[-1] in HEAD_DIMS and scale > 0 and q.numel() > 0 and k.numel() > 0
 
 
 def _constants(x: Tensor, causal: bool, seed: Tensor | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.kernels._operation import operation
 from fastbert.kernels._triton import jit, next_power_of_2, run, tl
 
 
@@ -149,7 +150,7 @@ def _cross_entropy_fwd_kernel(
 # of float16's to zero. The reduction "none" computes them in its backward.
 
 
-@torch.library.custom_op("fastbert::linear_cross_entropy", mutates_args=())
+@operation("fastbert::linear_cross_entropy")
 def _linear_cross_entropy_op(
     x: Tensor,
     weight: Tensor,
@@ -162,10 +163,10 @@ def _linear_cross_entropy_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, counts, and gradients of x in its dtype, of weight and bias in float32."""
     args = (x, weight, bias, labels, ignore_index, label_smoothing, reduction, wanted)
-    return run("linear_cross_entropy", _forward, _forward_ref, *args)
+    return run("cross_entropy", _forward, _forward_ref, *args)
 
 
-@torch.library.custom_op("fastbert::linear_cross_entropy_backward", mutates_args=())
+@operation("fastbert::linear_cross_entropy_backward")
 def _linear_cross_entropy_backward_op(
     dlosses: Tensor,
     x: Tensor,
@@ -177,7 +178,7 @@ def _linear_cross_entropy_backward_op(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     args = (x, dlosses, weight, bias, labels, ignore_index, label_smoothing, wanted)
-    return run("linear_cross_entropy", _backward, _backward_ref, *args)
+    return run("cross_entropy", _backward, _backward_ref, *args)
 
 
 @_linear_cross_entropy_op.register_fake
@@ -269,7 +270,7 @@ def _in_chunks(losses_of, x, weight, bias, labels, rows, label_smoothing, wanted
     dbias.zero_()
 
     n_chunks = max(-(-n_rows * n_padded // _MOST_LOGITS), 1)
-    size = max(-(-n_rows // n_chunks), 1)
+    size = max(-(-n_rows // (4 * n_chunks)) * 4, 1)  # so that chunks begin at multiples of 16 bytes
     buffer = x.new_empty(min(size, n_rows), n_padded)
     for begin in range(0, n_rows, size):
         chunk = slice(begin, begin + size)

@@ -22,6 +22,7 @@ from fastbert.kernels._dropout import (
     is_kept_ref,
     row_words,
 )
+from fastbert.kernels._operation import operation
 from fastbert.kernels._triton import jit, next_power_of_2, on_kernel_device, rows_of, run, tl
 
 
@@ -262,7 +263,7 @@ def _embed_tables_bwd_kernel(
 # (2, n_tokens) float32, means and reciprocal deviations.
 
 
-@torch.library.custom_op("fastbert::embed", mutates_args=())
+@operation("fastbert::embed")
 def _embed_op(
     word: Tensor,
     token_type: Tensor,
@@ -281,10 +282,10 @@ def _embed_op(
     """out, in `dtype`, and stats."""
     tables, ids = (word, token_type, position), (input_ids, token_type_ids, position_ids)
     args = (*tables, *ids, weight, bias, seed, dropout_p, eps, dtype)
-    return run("embed", _forward, _forward_ref, *args)
+    return run("embeddings", _forward, _forward_ref, *args)
 
 
-@torch.library.custom_op("fastbert::embed_backward", mutates_args=())
+@operation("fastbert::embed_backward")
 def _embed_backward_op(
     dout: Tensor,
     word: Tensor,
@@ -303,7 +304,7 @@ def _embed_backward_op(
     """Gradients of the tables, empty without `has_tables`; of weight and bias (2, n_cols)."""
     tables, ids = (word, token_type, position), (input_ids, token_type_ids, position_ids)
     args = (*tables, *ids, weight, seed, stats, dropout_p, padding_idx, has_tables)
-    return run("embed", _backward, _backward_ref, dout, *args)
+    return run("embeddings", _backward, _backward_ref, dout, *args)
 
 
 @_embed_op.register_fake
@@ -366,6 +367,7 @@ def _backward_ref(
     weight, seed, stats, dropout_p, padding_idx, has_tables,
 ):  # fmt: skip
     x = _summed(word, token_type, position, input_ids, token_type_ids, position_ids)
+    x = x.to(torch.promote_types(x.dtype, stats.dtype))  # CUDA's takes no other statistics
     dout = dout.to(x.dtype)
     if seed is not None:
         dout = _dropped(dout, seed, dropout_p)
@@ -377,6 +379,7 @@ def _backward_ref(
     dparameters = torch.stack(dparameters).to(weight.dtype)
     if not has_tables:
         return *(word.new_empty(0) for _ in range(3)), dparameters
+    dsum = dsum.to(word.dtype)
     sums = (
         torch.ops.aten.embedding_dense_backward(dsum, ids, len(table), padding, False)
         for table, ids, padding in (
@@ -492,8 +495,11 @@ def embed(
             )
     every_ids = (input_ids, token_type_ids, position_ids)
     for ids in every_ids:
-        if ids.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"ids must be int32 or int64, got {ids.dtype}")
+        if ids.dtype not in (torch.int32, torch.int64) or ids.device != word.device:
+            raise ValueError(
+                f"ids must be int32 or int64 on {word.device} as word, "
+                f"got {ids.dtype} on {ids.device}"
+            )
     for name, table in (("token_type", token_type), ("position", position)):
         if table.shape[1:] != word.shape[1:] or table.dtype != word.dtype:
             raise ValueError(

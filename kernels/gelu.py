@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.kernels._operation import operation
 from fastbert.kernels._triton import jit, on_kernel_device, rows_of, run, tl
 
 _tanh_gelu = partial(F.gelu, approximate="tanh")
@@ -157,12 +158,12 @@ def _bias_gelu_bwd_kernel(
 # What the operations take and give: x, out, gradients (n_rows, n_cols); bias (n_cols,) or None.
 
 
-@torch.library.custom_op("fastbert::bias_gelu", mutates_args=())
+@operation("fastbert::bias_gelu")
 def _bias_gelu_op(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return run("gelu", _forward, bias_gelu_ref, x, bias, activation).contiguous()
 
 
-@torch.library.custom_op("fastbert::bias_gelu_backward", mutates_args=())
+@operation("fastbert::bias_gelu_backward")
 def bias_gelu_backward(
     dout: Tensor, x: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from fastbert.kernels._dropout import (
     is_kept_ref,
     row_words,
 )
+from fastbert.kernels._operation import operation
 from fastbert.kernels._triton import jit, next_power_of_2, on_kernel_device, rows_of, run, tl
 
 
@@ -149,7 +150,7 @@ def _layer_norm_bwd_kernel(
 # None without dropout; stats (2, n_rows) float32, means and reciprocal deviations.
 
 
-@torch.library.custom_op("fastbert::layer_norm", mutates_args=())
+@operation("fastbert::layer_norm")
 def _layer_norm_op(
     x: Tensor,
     weight: Tensor,
@@ -165,7 +166,7 @@ def _layer_norm_op(
     return run("layer_norm", _forward, _forward_ref, *args)
 
 
-@torch.library.custom_op("fastbert::layer_norm_backward", mutates_args=())
+@operation("fastbert::layer_norm_backward")
 def _layer_norm_backward_op(
     dout: Tensor,
     x: Tensor,
@@ -231,6 +232,7 @@ def _forward_ref(x, weight, bias, residual, seed, dropout_p, eps, dtype):
 
 def _backward_ref(dout, x, weight, residual, seed, stats, dropout_p):
     summed, factor = _summed(x, residual, seed, dropout_p)
+    summed = summed.to(torch.promote_types(summed.dtype, stats.dtype))  # CUDA's takes no others
     mean, rstd = stats.to(summed.dtype).unsqueeze(-1)
     dsum, *dparameters = torch.ops.aten.native_layer_norm_backward(
         dout.to(summed.dtype), summed, summed.shape[-1:], mean, rstd,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.kernels._operation import operation
 from fastbert.kernels._triton import jit, on_kernel_device, rows_of, run, tl
 from fastbert.kernels.gelu import (
     ACTIVATIONS,
@@ -130,7 +131,7 @@ def _linear_gelu_tma_fwd_kernel(
 # those too and a third product.
 
 
-@torch.library.custom_op("fastbert::linear_gelu", mutates_args=())
+@operation("fastbert::linear_gelu")
 def _linear_gelu_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, has_product: bool
 ) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.kernels._operation import operation
 from fastbert.kernels._triton import jit, next_power_of_2, on_kernel_device, rows_of, run, tl
 
 MODES = ("mean", "cls", "max")
@@ -189,15 +190,15 @@ def _normalize_bwd_kernel(
 # the same in float32, how many tokens have the maximum, empty in other modes.
 
 
-@torch.library.custom_op("fastbert::pool", mutates_args=())
+@operation("fastbert::pool")
 def _pool_op(
     hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, pooled, counts."""
-    return run("pool", _forward, _forward_ref, hidden, cu_seqlens, mode, normalize)
+    return run("pooling", _forward, _forward_ref, hidden, cu_seqlens, mode, normalize)
 
 
-@torch.library.custom_op("fastbert::pool_backward", mutates_args=())
+@operation("fastbert::pool_backward")
 def _pool_backward_op(
     dout: Tensor,
     hidden: Tensor,
@@ -210,7 +211,7 @@ def _pool_backward_op(
 ) -> Tensor:
     """The gradient of hidden."""
     args = (hidden, cu_seqlens, out, pooled, counts, mode, normalize)
-    return run("pool", _backward, _backward_ref, dout, *args)
+    return run("pooling", _backward, _backward_ref, dout, *args)
 
 
 def _outputs(hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool) -> list[Tensor]:

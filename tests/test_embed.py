@@ -93,7 +93,7 @@ def test_cuts_on_the_side_that_the_tokenizer_says(tiny, tmp_path):
         (tmp_path / name).symlink_to(tiny / name)
     texts = some_texts(20)
     embedder = Embedder.from_pretrained(tmp_path, device="cpu", max_length=9)
-    assert embedder.encode_window(texts).truncated > 5
+    assert next(embedder.encode_windows([texts])).truncated > 5
     assert_as_accurate(embedder.encode(texts), tmp_path, texts, "mean", False, 9)
 
 
@@ -115,11 +115,27 @@ def test_encode_keeps_the_order_over_windows(tiny, monkeypatch):
     assert_as_accurate(out, tiny, texts, "mean", False, 64)
 
 
+def test_on_a_gpu_the_next_window_is_started_before_one_is_waited_for(tiny, monkeypatch):
+    embedder, calls = Embedder.from_pretrained(tiny, device="cpu"), []
+
+    def start(texts, *_):
+        calls.append(f"start {texts}")
+        return lambda: calls.append(f"end {texts}")
+
+    monkeypatch.setattr(embedder, "_start", start)
+    list(embedder.encode_windows(iter("ab")))
+    assert calls == ["start a", "end a", "start b", "end b"]
+    calls.clear()
+    monkeypatch.setattr(Embedder, "device", torch.device("cuda"))
+    list(embedder.encode_windows(iter("abc")))
+    assert calls == ["start a", "start b", "end a", "start c", "end b", "end c"]
+
+
 def test_counts_tokens_and_cut_texts(tiny):
     embedder = Embedder.from_pretrained(tiny, device="cpu", max_length=8)
     seen = []
     texts = ["cat " * n for n in (0, 5, 6, 7, 30)]  # 6 words and the two special tokens just fit
-    encoded = embedder.encode_window(texts, 16, lambda *counts: seen.append(counts))
+    (encoded,) = embedder.encode_windows([texts], 16, lambda *counts: seen.append(counts))
     assert (encoded.tokens, encoded.truncated) == (2 + 7 + 8 + 8 + 8, 2)
     assert seen == [(2, 16), (2, 15), (1, 2)]
 
@@ -161,7 +177,7 @@ def packed_batch(lengths):
 
 def test_sort_and_shorten():
     packed = packed_batch([3, 9, 2, 5, 6])
-    out = sort_and_shorten(packed, torch.tensor([1, 4, 3, 0, 2]), max_length=5)
+    (out,) = sort_and_shorten(packed, torch.tensor([1, 4, 3, 0, 2]), max_length=5)
     assert out.lengths.tolist() == [5, 5, 5, 3, 2]
     assert out.input_ids.tolist() == [
         *(1000, 1001, 1002, 1003, -1),
@@ -170,10 +186,14 @@ def test_sort_and_shorten():
         *(0, 1, 0),
         *(2000, -2),
     ]
-    left = sort_and_shorten(packed, torch.tensor([1, 2]), max_length=5, cut_left=True)
+    (left,) = sort_and_shorten(packed, torch.tensor([1, 2]), max_length=5, cut_left=True)
     assert left.input_ids.tolist() == [1000, 1005, 1006, 1007, -1, 2000, -2]
     assert out.token_type_ids.tolist() == [i % 7 for i in out.input_ids.tolist()]
     assert out.position_ids.tolist() == [*range(5), *range(5), *range(5), *range(3), *range(2)]
+    parts = sort_and_shorten(packed, torch.tensor([1, 4, 3, 0, 2]), max_length=5, sizes=[2, 3])
+    assert [part.lengths.tolist() for part in parts] == [[5, 5], [5, 3, 2]]
+    assert [part.max_seqlen for part in parts] == [5, 5]
+    assert torch.equal(torch.cat([part.input_ids for part in parts]), out.input_ids)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +201,7 @@ def test_sort_and_shorten():
     [(1, [1, 1, 1, 1, 1]), (9, [1, 1, 2, 1]), (10, [1, 2, 2]), (99, [5])],
 )
 def test_batch_sizes(batch_tokens, sizes):
-    assert batch_sizes(packed_batch([9, 6, 4, 3, 3]), batch_tokens) == sizes
+    assert batch_sizes([9, 6, 4, 3, 3], batch_tokens) == sizes
 
 
 def save(path, content):

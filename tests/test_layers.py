@@ -90,6 +90,28 @@ def test_joined_projections_follow_their_weights(device):
     assert changed == [False] + [True] * 5
 
 
+def test_a_replica_joins_its_own_projections(device):
+    """As torch.nn.DataParallel makes them: with the attributes of the original, other weights."""
+    layer = BertSelfAttention(CONFIG).eval().to(device)
+    x, bounds = torch.randn(5, 32, device=device), torch.tensor([0, 5], dtype=torch.int32)
+    with torch.no_grad():
+        out = layer(x, bounds.to(device), 5)
+        replica = layer._replicate_for_data_parallel()
+        for name, part in layer.named_children():
+            other = replica._modules[name] = part._replicate_for_data_parallel()
+            other._parameters = {n: p.detach() * 2 for n, p in part.named_parameters()}
+        twice = replica(x, bounds.to(device), 5)
+        assert not torch.equal(out, twice)
+        assert torch.equal(out, layer(x, bounds.to(device), 5))
+
+
+def test_what_was_joined_does_not_outlive_a_change_of_dtype(device):
+    layer = BertSelfAttention(CONFIG).eval().to(device)
+    with torch.no_grad():
+        layer(torch.randn(5, 32, device=device), torch.tensor([0, 5]).int().to(device), 5)
+    assert layer._plan is not None and layer.half()._plan is None
+
+
 def test_other_projections_keep_their_own_forward(device):
     """As peft's, which wraps nn.Linear."""
 

@@ -1,12 +1,9 @@
 """Whole models on a GPU, and the same tests on a CPU with a small model, so that they are tried."""
 
 import copy
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # two runs give the same bits
 
 import pytest
 import torch

@@ -269,11 +269,11 @@ def test_operations(is_cross, device):
         tensors, key_bounds = [torch.randn(17, 3, 2, 16, device=device), None, None], bounds.clone()
         numbers = (None, False, 0.0, 0.25, 12, 12, None, None)
     leaves = [None if x is None else x.clone().requires_grad_() for x in tensors]
-    torch.library.opcheck(_attention_op, (*leaves, bounds, key_bounds, *numbers))
+    torch.library.opcheck(_attention_op.op, (*leaves, bounds, key_bounds, *numbers))
     out, lse = _attention_op(*tensors, bounds, key_bounds, *numbers)
     dout = torch.randn_like(out)
     args = (dout, *tensors, out, lse, bounds, key_bounds, *numbers)
-    torch.library.opcheck(_attention_backward_op, args)
+    torch.library.opcheck(_attention_backward_op.op, args)
 
 
 # Where these take more kernels for short sequences than others do.

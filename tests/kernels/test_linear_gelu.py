@@ -132,7 +132,7 @@ def test_only_gradients_that_are_asked_for(device):
 def test_operation(has_product, dtype, device):
     """What torch asks of an operation: schema, fake, autograd, tracing with symbolic shapes."""
     args = [arg.requires_grad_() for arg in arguments(6, 16, 24, dtype, device)]
-    torch.library.opcheck(_linear_gelu_op, (*args, "gelu", has_product))
+    torch.library.opcheck(_linear_gelu_op.op, (*args, "gelu", has_product))
 
 
 def test_kernel_and_plain_torch_give_the_operation_one_meaning(device, monkeypatch):

@@ -43,7 +43,7 @@ def test_matches_one_by_one(mode):
 
 
 # 300 columns are more than a program's, with masked lanes; 2 are fewer.
-@pytest.mark.parametrize("lengths, n_cols", [(LENGTHS, 300), (EDGES, 2), ([1], 1)])
+@pytest.mark.parametrize("lengths, n_cols", [(LENGTHS, 300), (EDGES, 2), ([1], 3)])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("mode", MODES)
@@ -111,7 +111,7 @@ def test_bfloat16_means_are_summed_in_float32():
 def test_operation(mode, normalize, device):
     """What torch asks of an operation: schema, fake, autograd, tracing with symbolic shapes."""
     hidden, cu_seqlens = packed(LENGTHS, 20, device=device)
-    torch.library.opcheck(_pool_op, (hidden.requires_grad_(), cu_seqlens, mode, normalize))
+    torch.library.opcheck(_pool_op.op, (hidden.requires_grad_(), cu_seqlens, mode, normalize))
 
 
 @pytest.mark.parametrize("normalize", [False, True])

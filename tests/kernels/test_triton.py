@@ -1,9 +1,15 @@
 """Which path is taken, and what becomes of kernels that cannot be compiled."""
 
+import os
+import re
 import subprocess
 import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +38,42 @@ def test_a_kernel_is_made_when_it_is_launched(device):
     assert not isinstance(_twice, Kernel)  # made with it
 
 
+LATE = """
+from fastbert.kernels._triton import jit, tl
+
+@jit()
+def outer_kernel(x_ptr):
+    tl.store(x_ptr, inner(tl.load(x_ptr)))
+
+@jit()
+def inner(x):
+    return 3 * x
+"""
+
+
+def test_threads_may_launch_a_kernel_for_the_first_time_together(monkeypatch, tmp_path):
+    import triton
+
+    (tmp_path / "late.py").write_text(LATE)
+    monkeypatch.syspath_prepend(tmp_path)
+    late, make = import_module("late"), triton.jit
+
+    def slowly(*args, **options):
+        time.sleep(0.05)
+        return make(*args, **options)
+
+    monkeypatch.setattr(triton, "jit", slowly)
+    kernel = late.outer_kernel
+
+    def finds_what_it_calls(i):
+        time.sleep(0.03 * i)
+        kernel.jitted()
+        return not isinstance(late.inner, Kernel)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(finds_what_it_calls, range(4)))
+
+
 def test_triton_is_imported_at_the_first_launch():
     code = (
         "import sys, torch, fastbert; from fastbert import BertModel; "
@@ -39,7 +81,8 @@ def test_triton_is_imported_at_the_first_launch():
         "layer_norm(torch.ones(2, 4), torch.ones(4), torch.ones(4)); "
         "assert not [m for m in sys.modules if m.split('.')[0] == 'triton']"
     )
-    subprocess.run([sys.executable, "-P", "-c", code], check=True, env={})
+    env = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, env=env)
 
 
 def test_why_no_kernel_runs(monkeypatch):
@@ -103,6 +146,12 @@ def test_what_cannot_be_compiled_runs_in_plain_torch(gpu, monkeypatch):
     assert calls == [1]
     (status,) = (s for s in kernel_status() if s["name"] == "layer_norm")
     assert status["runs"] == "plain torch" and "shared memory" in status["why"]
+
+
+@pytest.mark.parametrize("name", [m.stem for m in Path(_triton.__file__).parent.glob("[!_]*.py")])
+def test_kernels_that_fail_are_listed_by_the_name_of_their_module(name):
+    source = Path(import_module(f"fastbert.kernels.{name}").__file__).read_text("utf-8")
+    assert set(re.findall(r'\brun\(\s*"(\w+)"', source)) <= {name}
 
 
 def test_other_errors_are_the_callers(gpu):

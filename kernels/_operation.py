@@ -1,0 +1,75 @@
+"""Operations of torch.library that eager code reaches without the dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+
+class Operation:
+    """A `torch.library.custom_op`, and the same function called directly where nobody can tell.
+
+    What is compiled, exported, traced, counted, mapped or of another type of tensor takes the
+    operation, which costs 40 to 100 us of the host more a call than the function: for a layer of
+    few tokens that is more than a GPU needs for it. Gradients are as `register_autograd` says.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.op = torch.library.custom_op(name, function, mutates_args=())
+        self._function, self._apply = function, function
+
+    def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self.op.register_fake(function)
+
+    def register_autograd(
+        self, differentiate: Callable[..., Any], setup_context: Callable[..., None]
+    ) -> None:
+        """As torch's, but outputs of which no gradient comes have None, not zeros."""
+        self.op.register_autograd(differentiate, setup_context=setup_context)
+        function = self._function
+
+        class Direct(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                output = function(*args)
+                ctx.set_materialize_grads(False)
+                setup_context(ctx, args, output)
+                return output
+
+            @staticmethod
+            @once_differentiable
+            def backward(ctx: Any, *douts: Any) -> Any:
+                return differentiate(ctx, *douts)
+
+        self._apply = Direct.apply
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.op(*args)
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if not _is_plain(tensors):
+            return self.op(*args)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return self._apply(*args)
+        return self._function(*args)
+
+
+def operation(name: str) -> Callable[[Callable[..., Any]], Operation]:
+    return lambda function: Operation(name, function)
+
+
+def _is_plain(tensors: list[Tensor]) -> bool:
+    """Whether a function of `tensors` may run without anything that watches operations."""
+    return (
+        all(type(x) is Tensor or type(x) is nn.Parameter for x in tensors)
+        and not tensors[0].is_meta
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_tracing()
+        and forward_ad._current_level < 0
+    )
