@@ -522,10 +522,10 @@ def embed(
         seed = None
     elif seed is None:
         seed = draw_seed(word.device)
-    flat_ids = (ids.reshape(-1) for ids in every_ids)
+    flat_ids = (ids if ids.dim() == 1 else ids.reshape(-1) for ids in every_ids)
     padding_idx = -1 if padding_idx is None else padding_idx % len(word)
     out, _ = _embed_op(
         word, token_type, position, *flat_ids,
         weight, bias, seed, dropout_p, eps, padding_idx, dtype,
     )  # fmt: skip
-    return out.view(*input_ids.shape, word.shape[1])
+    return out if input_ids.dim() == 1 else out.view(*input_ids.shape, word.shape[1])

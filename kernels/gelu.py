@@ -251,4 +251,6 @@ def bias_gelu(x: Tensor, bias: Tensor | None, activation: str = "gelu") -> Tenso
     check_bias(bias, x.shape[-1], activation)
     if not on_kernel_device(x) or x.numel() == 0:
         return bias_gelu_ref(x, bias, activation)
+    if x.dim() == 2:
+        return _bias_gelu_op(x, bias, activation)
     return _bias_gelu_op(x.reshape(-1, x.shape[-1]), bias, activation).view(x.shape)

@@ -310,7 +310,9 @@ def layer_norm(
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
-    flat = (-1, x.shape[-1])
-    residual = None if residual is None else residual.reshape(flat)
-    out, _ = _layer_norm_op(x.reshape(flat), weight, bias, residual, seed, dropout_p, eps, dtype)
-    return out.view(x.shape)
+    shape = x.shape
+    if len(shape) != 2:  # else three views, which autograd would go through, too
+        x = x.reshape(-1, shape[-1])
+        residual = None if residual is None else residual.reshape(x.shape)
+    out, _ = _layer_norm_op(x, weight, bias, residual, seed, dropout_p, eps, dtype)
+    return out if len(shape) == 2 else out.view(shape)
