@@ -1,6 +1,7 @@
 # make demo: see it work.  make test: run the tests.  make bench: measure it against others.
 # make bench-gpu-PART: one of the parts of benchmarks/gpu.sh, such as tests, on a GPU.
 # make compile-report: what compilers make of the kernels, for five GPUs, without one.
+# make rehearse-gpu: kernels' tests as on a GPU, all but the computing, without one.
 # make sanitize, fuzz, fuzz-call, cross: try to break the tokenizer.
 PYTHON ?= python3
 RUN := .venv/bin/python -P
@@ -32,6 +33,9 @@ lint: .venv/installed-test .venv/installed-lint
 CHIPS ?= sm_80 sm_89 sm_90 sm_100 gfx942
 compile-report: .venv/installed-test
 	$(RUN) benchmarks/compile_report.py --chips $(CHIPS)
+
+rehearse-gpu: .venv/installed-test
+	PYTHONPATH=tests/support $(RUN) -m pytest -q -p compiling_gpu tests/kernels
 
 # Everything of the project that an installation copies or compiles.
 SOURCES := pyproject.toml setup.py requirements/dev.txt $(wildcard csrc/*.cpp csrc/*.h)

@@ -186,7 +186,8 @@ def compiled(launch, dtype, chip_name):
         attrs={(i,): [["tt.divisibility", 16]] for i in launch.divisible},
     )
     try:
-        result = triton.compile(source, target=chip.target, options=dict(launch.options))
+        options = {**dict(launch.options), "enable_fp_fusion": True}  # as all are launched
+        result = triton.compile(source, target=chip.target, options=options)
     except Exception as error:  # whatever the compiler throws is the finding
         report.faults.append(f"cannot be compiled: {type(error).__name__}: {str(error)[-300:]}")
         return report

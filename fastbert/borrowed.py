@@ -256,7 +256,7 @@ class Borrowed:
             return f"the forward of {next(replaced)} was replaced"
         if any(self._structure.hooks):
             for name, module in self._named.items():
-                for hook in (h for hooks in hooks_of(module, "") for h in hooks.values()):
+                for hook in (h for hooks in hooks_of(module) for h in hooks.values()):
                     if not _is_harmless(hook, module in self._shells):
                         return f"there are hooks on {name}"
         return None

@@ -249,10 +249,10 @@ class Graphs:
             graph.load(inputs, ids)
             graph.replay()
             # Looked at while the GPU works: what it reads is kept, so that it can do no harm.
-            if not self._holds():
-                self._drop()
-                return None
-            return graph.results(ids.numel(), n_seqs)
+            if self._holds():
+                return graph.results(ids.numel(), n_seqs)
+        self._drop()
+        return None
 
     def _add(
         self, key: tuple[Bucket, bool], model: Any, inputs: EncoderInputs, ids: Tensor

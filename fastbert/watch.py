@@ -18,20 +18,33 @@ def is_plain(module: nn.Module, kind: type | tuple[type, ...]) -> bool:
     return (
         (type(module) is kind or (isinstance(kind, tuple) and type(module) in kind))
         and "forward" not in module.__dict__
-        and not any(hooks_of(module, ""))
+        # Written out: asked some ten times a layer, it is a part of what a forward costs the host.
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        )
         and not any_global_hooks()
     )
 
 
 def any_global_hooks() -> bool:
     """Whether there are hooks that all modules run."""
-    return any(hooks_of(nn_module, "_global"))
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
 
 
-def hooks_of(owner: Any, prefix: str) -> list[dict]:
-    """The dicts in which hooks are registered: on a module, or, "_global", on all of them."""
-    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    return [getattr(owner, f"{prefix}_{kind}") for kind in kinds]
+def hooks_of(module: nn.Module) -> list[dict]:
+    """The dicts in which hooks are registered on a module."""
+    return [
+        module._forward_hooks, module._forward_pre_hooks,
+        module._backward_hooks, module._backward_pre_hooks,
+    ]  # fmt: skip
 
 
 def _count_writes(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -71,7 +84,7 @@ class Structure:
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         self.kinds = [type(module) for module in modules]
-        self.hooks = [hooks for module in modules for hooks in hooks_of(module, "")]
+        self.hooks = [hooks for module in modules for hooks in hooks_of(module)]
         self.attributes = [module.__dict__ for module in modules]
         self.children = [(m._modules, n, c) for m in modules for n, c in m._modules.items()]
 

@@ -160,6 +160,39 @@ def test_other_errors_are_the_callers(gpu):
     assert not _triton.failures
 
 
+REHEARSED = """
+import torch
+from fastbert.kernels._triton import jit, run, tl
+
+@jit()
+def good_kernel(x_ptr):
+    tl.store(x_ptr, 1.0)
+
+@jit()
+def bad_kernel(x_ptr):
+    tl.store(x_ptr, not_there)
+
+def test_numbers_are_not_looked_at():
+    x = torch.zeros(1, device="cuda")
+    good_kernel[(1,)](x)
+    assert x.item() == 1
+
+def test_what_cannot_be_compiled_fails():
+    bad_kernel[(1,)](torch.zeros(1, device="cuda"))
+"""
+
+
+def test_a_gpu_that_only_compiles(tmp_path):
+    """make rehearse-gpu."""
+    (tmp_path / "test_it.py").write_text(REHEARSED)
+    support = str(Path(__file__).parents[1] / "support")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([support, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "compiling_gpu", "test_it.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert "NameError" in done.stdout and "1 compiled in" in done.stdout
+
+
 # torch's settings old and new, which do not mix, each in a process of its own; all start from off.
 @pytest.mark.parametrize(
     "name, on, off",
