@@ -165,9 +165,11 @@ def run(operation: str, kernels: Callable, reference: Callable, x: Tensor, *args
 @cache
 def _compile_errors() -> tuple[type[Exception], ...]:
     from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.runtime import errors
 
-    return CompilationError, OutOfResources, PTXASError
+    # Triton 3.2, which torch 2.6 has, does not know the last.
+    found = (getattr(errors, name, None) for name in ("OutOfResources", "PTXASError"))
+    return CompilationError, *filter(None, found)
 
 
 def next_power_of_2(n: int) -> int:
