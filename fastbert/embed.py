@@ -166,14 +166,19 @@ class Embedder:
         is tokenized while one is computed, and nothing waits for it before.
         """
         running: Callable[[], Encoded] | None = None
-        for texts in windows:
-            started = self._start(texts, batch_tokens or self.default_batch_tokens, on_batch)
+        try:
+            for texts in windows:
+                started = self._start(texts, batch_tokens or self.default_batch_tokens, on_batch)
+                if running is not None:
+                    yield running()
+                running = started
+                if self.device.type != "cuda":
+                    yield running()
+                    running = None
+        except Exception:  # of the next window: this one is not lost
             if running is not None:
                 yield running()
-            running = started
-            if self.device.type == "cpu":
-                yield running()
-                running = None
+            raise
         if running is not None:
             yield running()
 
@@ -186,7 +191,8 @@ class Embedder:
             texts = [self.prompt + (text.lower() if self.lower else text) for text in texts]
         device, on_gpu = self.device, self.device.type == "cuda"
         # One token more than is read tells a text that is cut from one that just fits.
-        packed = self.tokenizer.pack(texts, max_length=self.max_length + 1, pin_memory=on_gpu)
+        pinned = {"pin_memory": True} if on_gpu else {}
+        packed = self.tokenizer.pack(texts, max_length=self.max_length + 1, **pinned)
         lengths = packed.lengths.clamp(max=self.max_length)
         order = torch.argsort(lengths, descending=True, stable=True)
         cut_left = self.tokenizer.truncation_side == "left"
@@ -196,9 +202,13 @@ class Embedder:
             hidden = self.model(batch).last_hidden_state
             pooled.append(pool(hidden.float(), batch.cu_seqlens, self.pooling, self.normalize))
             on_batch(len(batch), batch.input_ids.numel())
-        result = torch.cat(pooled)
-        host = torch.empty(result.shape, pin_memory=on_gpu).copy_(result, non_blocking=True)
-        done = torch.cuda.current_stream(device).record_event() if on_gpu else None
+        result, done = torch.cat(pooled), None
+        if on_gpu:
+            host = torch.empty_like(result, device="cpu", pin_memory=True)
+            host.copy_(result, non_blocking=True)
+            done = torch.cuda.current_stream(device).record_event()
+        else:
+            host = result.cpu()
 
         def finish() -> Encoded:
             if done is not None:
@@ -238,16 +248,17 @@ def sort_and_shorten(
     ends = lengths.cumsum(0)
     starts = packed.cu_seqlens[:-1][order].long()
     device, n_tokens = device or order.device, int(ends[-1])
+    on_gpu = device.type == "cuda"
 
     def moved(x: torch.Tensor) -> torch.Tensor:
-        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+        return (x.pin_memory() if on_gpu else x).to(device, non_blocking=on_gpu)
 
     numbers = [lengths, ends - lengths, lengths - 1, starts, old_lengths - lengths]
     repeats, *there = moved(torch.stack(numbers)).unbind()
     begin, last, start, cut = (x.repeat_interleave(repeats, output_size=n_tokens) for x in there)
     position = torch.arange(n_tokens, device=device) - begin
     index = start + position + (position >= (1 if cut_left else last)) * cut
-    here, bounds = packed.to(device, non_blocking=True), torch.cat([ends.new_zeros(1), ends])
+    here, bounds = packed.to(device, non_blocking=on_gpu), torch.cat([ends.new_zeros(1), ends])
     whole = PackedBatch(
         here.input_ids[index],
         here.token_type_ids[index],

@@ -71,17 +71,20 @@ def embed_file(
     with Parts(out, identity, resume=resume, overwrite=overwrite) as parts:
         resumed = sum(int(part[0]) for part in parts.counts())
         with Progress(source.share_read, done=resumed) as progress:
+            start, finished, overlaps = 0.0, parts.finished, embedder.device.type == "cuda"
 
-            def unfinished(finished: int) -> Iterator[list[str]]:
+            def unfinished() -> Iterator[list[str]]:
+                nonlocal start
                 for number, texts in enumerate(windows(source)):
                     progress.texts_read += len(texts)
                     if number < finished:
                         parts.check(number, len(texts))
-                    else:
-                        yield texts
+                        continue
+                    if number == finished or not overlaps:  # reading is no part of the time
+                        start = time.perf_counter()
+                    yield texts
 
-            given, start = unfinished(parts.finished), time.perf_counter()
-            for encoded in embedder.encode_windows(given, batch_tokens, progress.advance):
+            for encoded in embedder.encode_windows(unfinished(), batch_tokens, progress.advance):
                 parts.add(encoded.vectors, encoded.tokens, encoded.truncated, start)
                 start = time.perf_counter()
         counts = np.sum([*parts.counts(), np.zeros(4)], axis=0)

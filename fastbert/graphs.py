@@ -150,7 +150,7 @@ class CudaCapture:
                     outputs = function(*inputs)
             except RuntimeError:
                 # torch (2.11) still takes all for captured: no more random numbers, memory kept.
-                with suppress(RuntimeError):
+                with suppress(RuntimeError, AttributeError):  # torch before 2.8 has another name
                     torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
                 with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), **options):
                     inputs[0].clone()
@@ -193,8 +193,7 @@ class Graphs:
     def _drop(self) -> None:
         # A service that calls eval() each time has no graph to lose, and shall get to its first.
         if self._graphs:
-            self._patience = min(2 * self._patience, _MOST_PATIENCE)
-            self._met.clear()
+            self._wait_longer()
         if self._capture is not None:
             self._capture.wait()  # a stream may use again what is freed here
         self._graphs.clear()
@@ -202,6 +201,10 @@ class Graphs:
         self._device: torch.device | None = None
         self._plans: list[tuple[dict[str, Any], Any]] = []
         self._capture = None
+
+    def _wait_longer(self) -> None:
+        self._patience = min(2 * self._patience, _MOST_PATIENCE)
+        self._met.clear()
 
     def run(self, model: Any, inputs: EncoderInputs) -> Outputs | None:
         """What `model._encode(inputs)` returns; None where no graph can be or should be used."""
@@ -267,6 +270,7 @@ class Graphs:
         if self._watch is None:
             self._watch, self._device = _watch_of(model, ids.device), ids.device
         if self._watch is None or not self._holds():
+            self._wait_longer()
             self._drop()
             return False
         try:

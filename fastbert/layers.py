@@ -146,13 +146,13 @@ class BertSelfAttention(Planned):
         may_keep = not (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or getattr(self, "_is_replica", False)  # DataParallel's live for one forward
             or any(p.is_inference() for p in weights + biases)  # carry no version
         )
         if not may_keep:
             return torch.cat(weights), torch.cat(biases)
         plan = self._plan  # other threads may run the same layer
-        # A replica has it, too, but other weights.
-        if plan is None or plan[0].modules[0] is not self or not plan[0].unchanged():
+        if plan is None or not plan[0].unchanged():
             with torch.inference_mode(False), torch.no_grad():
                 plan = Watch([self, *linears]), torch.cat(weights), torch.cat(biases)
             if weights[0].is_cuda and not torch.cuda.is_current_stream_capturing():

@@ -47,7 +47,9 @@ class BertModel(BertPreTrainedModel):
 
     @cuda_graphs.setter
     def cuda_graphs(self, most_tokens: bool | int) -> None:
-        self._graphs = Graphs(most_tokens)
+        before, self._graphs = self.__dict__.get("_graphs"), Graphs(most_tokens)
+        if before is not None:
+            before.clear()
 
     def train(self, mode: bool = True) -> BertModel:
         self._graphs.clear()  # as the layers' plans, which graphs may read

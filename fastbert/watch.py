@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.modules import module as nn_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 _version = attrgetter("_version")
 
@@ -47,11 +48,14 @@ def hooks_of(module: nn.Module) -> list[dict]:
     ]  # fmt: skip
 
 
+_watched = WeakIdKeyDictionary()  # parameters whose versions somebody reads
+
+
 def _count_writes(optimizer: Any, args: Any, kwargs: Any) -> None:
     """Raise the versions of what a fused optimizer has written, which torch leaves as they were."""
     for group in optimizer.param_groups:
-        for p in group["params"] if group.get("fused") else ():
-            if p.grad is not None and not p.is_inference():
+        for p in group["params"] if _watched and group.get("fused") else ():
+            if p.grad is not None and p in _watched:
                 increment_version(p)
 
 
@@ -111,8 +115,9 @@ class Watch(Structure):
         super().__init__(modules)
         self.parameters = [m._parameters for m in modules if m._parameters]
         self.state = self.versions()
-        # Kept alive, so that no address is used for another tensor.
-        self.values = [p.detach() for ps in self.parameters for p in ps.values() if p is not None]
+        found = [p for ps in self.parameters for p in ps.values() if p is not None]
+        self.values = [p.detach() for p in found]  # so that no address is another tensor's
+        _watched.update(dict.fromkeys(found))
 
     def unchanged(self) -> bool:
         return (

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 class Operation:
@@ -21,7 +20,8 @@ class Operation:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.op = torch.library.custom_op(name, function, mutates_args=())
-        self._function, self._apply = function, function
+        self._function = function
+        self._apply: Callable[..., Any] = self.op  # where gradients are wanted
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return self.op.register_fake(function)
@@ -29,9 +29,12 @@ class Operation:
     def register_autograd(
         self, differentiate: Callable[..., Any], setup_context: Callable[..., None]
     ) -> None:
-        """As torch's, but outputs of which no gradient comes have None, not zeros."""
+        """As torch's, but outputs of which no gradient comes have None, not zeros.
+
+        The first output is the one that has a gradient.
+        """
         self.op.register_autograd(differentiate, setup_context=setup_context)
-        function, once = self._function, once_differentiable(differentiate)
+        function = self._function
 
         class Direct(torch.autograd.Function):
             @staticmethod
@@ -43,9 +46,11 @@ class Operation:
 
             @staticmethod
             def backward(ctx: Any, *douts: Any) -> Any:
-                creates_graph = torch.is_grad_enabled()
-                return once(ctx, *douts) if creates_graph else differentiate(ctx, *douts)
+                if douts[0] is None:  # all that comes after it gave none
+                    return (None,) * len(ctx.needs_input_grad)
+                return differentiate(ctx, *douts)
 
+        Direct.__name__ = self.op._name  # what profilers and errors say
         self._apply = Direct.apply
 
     def __call__(self, *args: Any) -> Any:
@@ -66,9 +71,14 @@ def operation(name: str) -> Callable[[Callable[..., Any]], Operation]:
 def _is_plain(tensors: list[Tensor]) -> bool:
     """Whether a function of `tensors` may run without anything that watches operations."""
     return (
-        all(type(x) is Tensor or type(x) is nn.Parameter for x in tensors)
+        all(
+            (type(x) is Tensor or type(x) is nn.Parameter)
+            and not (x.is_neg() or torch._C._functorch.is_legacy_batchedtensor(x))
+            for x in tensors
+        )
         and not tensors[0].is_meta
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._ops._len_torch_dispatch_stack_pre_dispatch()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_tracing()
     )

@@ -61,7 +61,8 @@ class Kernel:
         import triton
 
         made = triton.jit(self.function, do_not_specialize=self.unspecialized)
-        if isinstance(made, triton.runtime.JITFunction):
+        asked = "TRITON_DEFAULT_FP_FUSION" in os.environ
+        if isinstance(made, triton.runtime.JITFunction) and not asked:
             # Products and sums as one instruction, for which Triton 3.10 will want to be asked.
             made.run = partial(made.run, enable_fp_fusion=True)
         return made

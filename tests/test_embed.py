@@ -130,6 +130,15 @@ def test_on_a_gpu_the_next_window_is_started_before_one_is_waited_for(tiny, monk
     list(embedder.encode_windows(iter("abc")))
     assert calls == ["start a", "start b", "end a", "start c", "end b", "end c"]
 
+    def broken():
+        yield "a"
+        raise ValueError("b cannot be read")
+
+    calls.clear()
+    with pytest.raises(ValueError, match="b cannot be read"):
+        list(embedder.encode_windows(broken()))
+    assert calls == ["start a", "end a"]
+
 
 def test_counts_tokens_and_cut_texts(tiny):
     embedder = Embedder.from_pretrained(tiny, device="cpu", max_length=8)

@@ -26,7 +26,7 @@ class LetterTokenizer:
     def __init__(self):
         self.texts = []
 
-    def pack(self, texts, *, max_length, pin_memory):
+    def pack(self, texts, *, max_length):
         self.texts += texts
         ids = [[1, *(ord(letter) for letter in text[: max_length - 2]), 2] for text in texts]
         flat = torch.tensor([id for sequence in ids for id in sequence])

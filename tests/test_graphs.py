@@ -620,6 +620,15 @@ def test_eval_before_each_call_leaves_a_shape_its_graph(model, capture):
     assert capture.captures == 1
 
 
+def test_what_cannot_be_watched_is_not_looked_at_each_time(model, capture, monkeypatch):
+    looks, look = [], graphs._watch_of
+    monkeypatch.setattr(graphs, "_watch_of", lambda *args: looks.append(0) or look(*args))
+    model.encoder.layer[0].register_forward_hook(lambda *args: None)
+    for _ in range(30):
+        check(model, batch_of([20, 3], model.device))
+    assert capture.captures == 0 and len(looks) == 4  # after 2, then 4, 8 and 16 more
+
+
 def test_heads_without_a_kernel_are_not_captured(capture):
     """Plain torch waits for the GPU to learn the lengths, which no capture can."""
     config = BertConfig(

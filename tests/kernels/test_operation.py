@@ -69,11 +69,44 @@ def test_a_trace_has_the_operation(args, asked):
     assert torch.equal(traced(other), loss(other))
 
 
-def test_a_second_derivative_is_refused(args):
-    (dx,) = torch.autograd.grad(layer_norm(*args).square().sum(), args[:1], create_graph=True)
+# Also where what comes from behind is a constant.
+@pytest.mark.parametrize("loss", [torch.Tensor.square, lambda out: 3 * out])
+def test_a_second_derivative_is_refused(args, loss):
+    (dx,) = torch.autograd.grad(loss(layer_norm(*args)).sum(), args[:1], create_graph=True)
     assert dx.requires_grad
-    with pytest.raises(RuntimeError, match="twice"):
-        dx.sum().backward()
+    with pytest.raises(RuntimeError, match="layer_norm_backward"):
+        dx.square().sum().backward()
+
+
+class Nothing(torch.autograd.Function):
+    """Whose gradient is none at all."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return None
+
+
+def test_where_no_gradient_comes_none_goes_on(args):
+    hidden = layer_norm(*args)
+    (hidden.sum() + Nothing.apply(layer_norm(*args)).sum()).backward()
+    found = [x.grad.clone() for x in args]
+    wanted = torch.autograd.grad(layer_norm(*args).sum(), args)
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_batched_and_negated_tensors(args):
+    x, *others = args
+    out = layer_norm(*args)
+    douts = torch.randn(3, *out.shape, device=out.device)
+    (batched,) = torch.autograd.grad(out, x, douts, retain_graph=True, is_grads_batched=True)
+    for dout, dx in zip(douts, batched, strict=True):
+        assert torch.equal(dx, torch.autograd.grad(out, x, dout, retain_graph=True)[0])
+    with torch.no_grad():
+        assert torch.equal(layer_norm(torch._neg_view(x), *others), layer_norm(-x, *others))
 
 
 def test_saved_tensors_pass_through_hooks(args):

@@ -1,10 +1,10 @@
 """A GPU on which every kernel is compiled and nothing is computed, where there is none.
 
 `make rehearse-gpu`, `pytest -p compiling_gpu tests/kernels` with this folder on PYTHONPATH, runs
-what needs a GPU up to its comparisons. Tensors are on the CPU; launches are bound and compiled
-as for an H100, by the Triton that is installed, and then left out. So a test that finds other
-numbers counts as passed, one that cannot call or compile something fails. Last come the
-compilations, and the seconds they took.
+each test that needs a GPU up to its first comparison. Tensors are on the CPU; launches are bound
+and compiled as for an H100, by the Triton that is installed, and then left out. So a test that
+finds other numbers counts as passed, one that cannot call or compile something fails. Last come
+the compilations, and the seconds they took.
 """
 
 import importlib
@@ -109,9 +109,11 @@ def pytest_configure(config):
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
-    if call.excinfo is not None and (
-        call.excinfo.errisinstance((AssertionError, pytest.fail.Exception))
-        or "no NVIDIA driver" in str(call.excinfo.value)
+    if call.excinfo is None:
+        return
+    differs = call.excinfo.errisinstance((AssertionError, pytest.fail.Exception))
+    if "no NVIDIA driver" in str(call.excinfo.value) or (
+        differs and "triton" not in call.excinfo.traceback[-1].path.parts
     ):
         report.outcome = "passed"
 
