@@ -94,7 +94,7 @@ def scored(kind, truth, predicted):
         from sklearn.metrics import f1_score
 
         return float(f1_score(truth, predicted, pos_label="1"))
-    return statistics.mean(a == b for a, b in zip(truth, predicted, strict=True))
+    return float(statistics.mean(a == b for a, b in zip(truth, predicted, strict=True)))
 
 
 def by_fastbert(kind, train, dev, model, epochs, lr, longest, seed, folder, device):
