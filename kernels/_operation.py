@@ -36,22 +36,21 @@ class Operation:
         self.op.register_autograd(differentiate, setup_context=setup_context)
         function = self._function
 
-        class Direct(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
-                output = function(*args)
-                ctx.set_materialize_grads(False)
-                setup_context(ctx, args, output)
-                return output
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = function(*args)
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, args, output)
+            return output
 
-            @staticmethod
-            def backward(ctx: Any, *douts: Any) -> Any:
-                if douts[0] is None:  # all that comes after it gave none
-                    return (None,) * len(ctx.needs_input_grad)
-                return differentiate(ctx, *douts)
+        def backward(ctx: Any, *douts: Any) -> Any:
+            if douts[0] is None:  # all that comes after it gave none
+                return (None,) * len(ctx.needs_input_grad)
+            return differentiate(ctx, *douts)
 
-        Direct.__name__ = self.op._name  # what profilers and errors say
-        self._apply = Direct.apply
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        # Profilers and errors say the name.
+        kind: Any = type(self.op._name, (torch.autograd.Function,), methods)
+        self._apply = kind.apply
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -70,15 +69,16 @@ def operation(name: str) -> Callable[[Callable[..., Any]], Operation]:
 
 def _is_plain(tensors: list[Tensor]) -> bool:
     """Whether a function of `tensors` may run without anything that watches operations."""
-    return (
-        all(
-            (type(x) is Tensor or type(x) is nn.Parameter)
-            and not (x.is_neg() or torch._C._functorch.is_legacy_batchedtensor(x))
-            for x in tensors
-        )
-        and not tensors[0].is_meta
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._ops._len_torch_dispatch_stack_pre_dispatch()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_tracing()
+    for x in tensors:
+        kind = type(x)
+        if kind is not Tensor and kind is not nn.Parameter:
+            return False
+        if x.is_neg() or torch._C._functorch.is_legacy_batchedtensor(x):
+            return False
+    return not (
+        tensors[0].is_meta
+        or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
     )
