@@ -283,16 +283,20 @@ def as_packed(rows: Rows, dtype: torch.dtype | None, pin_memory: bool) -> Packed
     if dtype not in (torch.int64, torch.int32):
         raise ValueError(f"dtype must be torch.int64 or torch.int32, got {dtype}")
     shape = 3, rows.n_tokens
-    type_ids = True
+    type_ids, pinned = True, None
     if pin_memory:
-        buffer = torch.empty(shape, dtype=dtype, pin_memory=True).numpy()
+        pinned = torch.empty(shape, dtype=dtype, pin_memory=True)
+        buffer = pinned.numpy()
     else:
         buffer = np.empty(shape, np.int64 if dtype == torch.int64 else np.int32)
         if buffer.nbytes >= _FRESH and not rows.has_pairs:
             buffer, type_ids = np.zeros(shape, buffer.dtype), False
     rows.write_packed(buffer, type_ids=type_ids)
-    ids, type_ids, positions = torch.from_numpy(buffer)
+    # torch's own tensor, as only that keeps the memory till an asynchronous copy has ended.
+    ids, type_ids, positions = torch.from_numpy(buffer) if pinned is None else pinned
     cu_seqlens = torch.from_numpy(rows.offsets(dtype=np.dtype(np.int32)))
+    if pinned is not None:
+        cu_seqlens = cu_seqlens.pin_memory()
     longest = rows.longest(windows=True)
     return PackedBatch.unchecked(ids, type_ids, positions, cu_seqlens, longest)
 

@@ -378,7 +378,9 @@ def test_pack_dtypes_and_memory(uncased):
     with pytest.raises(ValueError, match=r"dtype must be .*float32"):
         ours.pack(["one"], dtype=torch.float32)
     if torch.cuda.is_available():
-        assert ours.pack(NASTY, pin_memory=True).input_ids.is_pinned()
+        pinned = ours.pack(NASTY, pin_memory=True)
+        assert torch.equal(pinned.input_ids, wide.input_ids)
+        assert pinned.input_ids.is_pinned() and pinned.cu_seqlens.is_pinned()
 
 
 def test_refuses_bad_arrow(uncased):
