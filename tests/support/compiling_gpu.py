@@ -10,8 +10,10 @@ the compilations, and the seconds they took.
 import importlib
 import os
 import pkgutil
+import re
 import time
 from collections import Counter
+from functools import cache
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -68,7 +70,7 @@ class _OnTheCpu(TorchFunctionMode):
 
 def _place(value):
     is_gpu = isinstance(value, str | torch.device) and str(value).split(":")[0] == "cuda"
-    return torch.device("cpu") if is_gpu else value
+    return type(value)("cpu") if is_gpu else value
 
 
 def pretend():
@@ -89,7 +91,7 @@ def pretend():
 
     patches = {
         "on_kernel_device": lambda x: x.dtype in _triton.DTYPES,
-        "architecture": lambda device: "hopper",
+        "architecture": cache(lambda device: "hopper"),
     }
     found = pkgutil.iter_modules(fastbert.kernels.__path__, "fastbert.kernels.")
     for name in [module.name for module in found] + ["fastbert.layers", "fastbert.drop_in"]:
@@ -99,9 +101,14 @@ def pretend():
         vars(importlib.import_module(name))["can_plan"] = lambda *args: False
 
 
-def pytest_configure(config):
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests():
+    """Before a conftest.py asks whether there is a GPU."""
     for name, value in _FACTS.items():
         setattr(torch.cuda, name, lambda *args, value=value: value)
+
+
+def pytest_configure(config):
     pretend()
     _OnTheCpu().__enter__()
 
@@ -112,7 +119,7 @@ def pytest_runtest_makereport(item, call):
     if call.excinfo is None:
         return
     differs = call.excinfo.errisinstance((AssertionError, pytest.fail.Exception))
-    if "no NVIDIA driver" in str(call.excinfo.value) or (
+    if re.search("no NVIDIA driver|not compiled with CUDA", str(call.excinfo.value)) or (
         differs and "triton" not in call.excinfo.traceback[-1].path.parts
     ):
         report.outcome = "passed"
