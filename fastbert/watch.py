@@ -19,13 +19,7 @@ def is_plain(module: nn.Module, kind: type | tuple[type, ...]) -> bool:
     return (
         (type(module) is kind or (isinstance(kind, tuple) and type(module) in kind))
         and "forward" not in module.__dict__
-        # Written out: asked some ten times a layer, it is a part of what a forward costs the host.
-        and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        )
+        and not any(hooks_of(module))
         and not any_global_hooks()
     )
 
@@ -41,7 +35,10 @@ def any_global_hooks() -> bool:
 
 
 def hooks_of(module: nn.Module) -> list[dict]:
-    """The dicts in which hooks are registered on a module."""
+    """The dicts in which hooks are registered on a module.
+
+    Written out: asked ten times a layer, it is a part of what a forward costs the host.
+    """
     return [
         module._forward_hooks, module._forward_pre_hooks,
         module._backward_hooks, module._backward_pre_hooks,
@@ -115,7 +112,7 @@ class Watch(Structure):
         super().__init__(modules)
         self.parameters = [m._parameters for m in modules if m._parameters]
         self.state = self.versions()
-        found = [p for ps in self.parameters for p in ps.values() if p is not None]
+        found = self._found()
         self.values = [p.detach() for p in found]  # so that no address is another tensor's
         _watched.update(dict.fromkeys(found))
 
@@ -128,5 +125,8 @@ class Watch(Structure):
 
     def versions(self) -> tuple[list[int], list[int]]:
         """Where the parameters are, and how often they were written to."""
-        found = [p for ps in self.parameters for p in ps.values() if p is not None]
+        found = self._found()
         return list(map(Tensor.data_ptr, found)), list(map(_version, found))
+
+    def _found(self) -> list[Tensor]:
+        return [p for ps in self.parameters for p in ps.values() if p is not None]

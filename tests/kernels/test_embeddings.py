@@ -1,6 +1,6 @@
 import pytest
 import torch
-from accuracy import KERNEL_DTYPES, assert_matches
+from accuracy import KERNEL_DTYPES, ONE_COLUMN, assert_matches
 
 from fastbert.kernels import _triton, embeddings
 from fastbert.kernels._dropout import is_kept_ref
@@ -37,7 +37,10 @@ def test_matches_the_sum_normalised():
 
 # 768 is BERT-base; 100 leaves masked lanes; 1025 is another row of the table; (1, 3) is the edge.
 # Tokens one more and one less than those at once.
-@pytest.mark.parametrize("n_tokens, n_cols", [(5, 768), (9, 100), (7, 257), (3, 1025), (1, 3)])
+@pytest.mark.parametrize(
+    "n_tokens, n_cols",
+    [(5, 768), (9, 100), (7, 257), (3, 1025), (1, 3), pytest.param(1, 1, marks=ONE_COLUMN)],
+)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_kernel_matches_reference(n_tokens, n_cols, dtype, device):
     matches(ids(n_tokens, device), tables(n_cols, dtype, device))

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from accuracy import KERNEL_DTYPES, assert_as_accurate, assert_matches
+from accuracy import KERNEL_DTYPES, ONE_COLUMN, assert_as_accurate, assert_matches
 
 from fastbert.kernels import _triton
 from fastbert.kernels.gelu import (
@@ -55,7 +55,10 @@ def test_the_reference_is_the_formula(activation, dtype):
 
 
 # Rows and columns one less and more than the blocks of the forward; 4 rows are the backward's.
-@pytest.mark.parametrize("n_rows, n_cols", [(9, 513), (7, 511), (5, 512), (8, 100), (1, 3)])
+@pytest.mark.parametrize(
+    "n_rows, n_cols",
+    [(9, 513), (7, 511), (5, 512), (8, 100), (1, 3), pytest.param(1, 1, marks=ONE_COLUMN)],
+)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_kernel_matches_reference(n_rows, n_cols, dtype, has_bias, device):

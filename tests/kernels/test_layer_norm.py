@@ -1,6 +1,6 @@
 import pytest
 import torch
-from accuracy import KERNEL_DTYPES, assert_as_accurate, assert_matches
+from accuracy import KERNEL_DTYPES, ONE_COLUMN, assert_as_accurate, assert_matches
 
 from fastbert.kernels import _triton
 from fastbert.kernels._dropout import is_kept_ref
@@ -27,7 +27,10 @@ def test_the_reference_is_the_formula(dtype):
 
 # 768 is BERT-base; 100 leaves masked lanes; (1, 3) is the edge; rows one more and one less than
 # those at once.
-@pytest.mark.parametrize("n_rows, n_cols", [(5, 768), (9, 100), (7, 512), (3, 1025), (1, 3)])
+@pytest.mark.parametrize(
+    "n_rows, n_cols",
+    [(5, 768), (9, 100), (7, 512), (3, 1025), (1, 3), pytest.param(1, 1, marks=ONE_COLUMN)],
+)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("has_residual", [True, False])
 def test_kernel_matches_reference(n_rows, n_cols, dtype, has_residual, device):

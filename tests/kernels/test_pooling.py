@@ -1,6 +1,6 @@
 import pytest
 import torch
-from accuracy import KERNEL_DTYPES, assert_matches
+from accuracy import KERNEL_DTYPES, ONE_COLUMN, assert_matches
 
 from fastbert.kernels import _triton, pooling
 from fastbert.kernels.pooling import _POOL, MODES, _pool_op, pool, pool_ref
@@ -43,7 +43,10 @@ def test_matches_one_by_one(mode):
 
 
 # 300 columns are more than a program's, with masked lanes; 2 are fewer.
-@pytest.mark.parametrize("lengths, n_cols", [(LENGTHS, 300), (EDGES, 2), ([1], 3)])
+@pytest.mark.parametrize(
+    "lengths, n_cols",
+    [(LENGTHS, 300), (EDGES, 2), ([1], 3), pytest.param([1], 1, marks=ONE_COLUMN)],
+)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("mode", MODES)
